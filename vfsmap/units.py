@@ -36,6 +36,18 @@ PUD: Final = Level("PUD", 30)
 LEVELS: Final = (PTE, PMD, PUD)
 """The levels that can hold a leaf on x86-64, smallest first."""
 
+
+class Extent(NamedTuple):
+    """A run of pool bytes owned by one file."""
+
+    offset: int
+    """Where it starts in the file, bytes."""
+    start: int
+    """Where it starts in the pool, bytes."""
+    length: int
+    """Bytes; a multiple of 4 KiB."""
+
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _FACTOR: Final[dict[str, int]] = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
