@@ -120,6 +120,16 @@ class NoSpace(VfsmapError):
     errno = linux.ENOSPC
 
 
+class NoMemory(VfsmapError):
+    """No memory, no free huge pages or no address space; the message says which."""
+
+    errno = linux.ENOMEM
+
+
+class TooManyMappings(NoMemory):
+    """The process has as many mappings as the kernel allows one."""
+
+
 class Unsupported(VfsmapError):
     """The medium, the kernel or the build can't do this; the message says what is missing."""
 

@@ -1,0 +1,1 @@
+"""Fakes, strategies and media for tests; nothing else imports from here."""

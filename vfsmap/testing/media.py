@@ -1,0 +1,117 @@
+"""Real media for tests: a tmpfs, a hugetlbfs or an ext4, mounted for as long as a block lasts.
+
+Each context manager yields the directory, needs root, and undoes all it did: the mount, the huge
+pages it had the kernel set aside, the image file.  Several processes may use them at once.
+"""
+
+import fcntl
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from vfsmap.errors import Denied, NoMemory, Unsupported
+from vfsmap.units import KIB, format_size, parse_size
+
+_HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
+
+
+@contextmanager
+def tmpfs(huge: str = "always", size: int | str = "1G") -> Iterator[Path]:
+    """Mount a tmpfs of ``size`` with the huge-page policy ``huge``.
+
+    Raises:
+        Denied: the caller is not root.
+    """
+    with _mounted("tmpfs", "vfsmap-test", f"huge={huge},size={parse_size(size)}") as path:
+        yield path
+
+
+@contextmanager
+def hugetlbfs(page_size: int | str = "2M", pages: int = 64) -> Iterator[Path]:
+    """Set ``pages`` huge pages aside and mount a hugetlbfs that has them to itself.
+
+    Raises:
+        Denied: the caller is not root.
+        NoMemory: the kernel finds no room for that many.
+        Unsupported: the machine has no pages of that size.
+    """
+    page_size = parse_size(page_size)
+    _require_root("a hugetlbfs")
+    with _set_aside(page_size, pages):
+        size = page_size * pages
+        options = f"pagesize={page_size},size={size},min_size={size}"
+        with _mounted("hugetlbfs", "vfsmap-test", options) as path:
+            yield path
+
+
+@contextmanager
+def ext4_loop(size: int | str = "256M") -> Iterator[Path]:
+    """Make an ext4 of ``size`` in an image file and mount it over a loop device.
+
+    Raises:
+        Denied: the caller is not root.
+    """
+    _require_root("an ext4")
+    with tempfile.NamedTemporaryFile(prefix="vfsmap-", suffix=".ext4") as image:
+        image.truncate(parse_size(size))
+        _run("mkfs.ext4", "-q", "-F", image.name)
+        with _mounted("ext4", image.name, "loop") as path:
+            yield path
+
+
+@contextmanager
+def _mounted(kind: str, source: str, options: str) -> Iterator[Path]:
+    _require_root(f"a {kind}")
+    with tempfile.TemporaryDirectory(prefix="vfsmap-") as name:
+        _run("mount", "-t", kind, "-o", options, source, name)
+        try:
+            yield Path(name)
+        finally:
+            _unmount(name)
+
+
+def _unmount(name: str) -> None:
+    # a window that a failed test left behind keeps the mount busy: then it goes with the process
+    if subprocess.run(("umount", name), capture_output=True, check=False).returncode:
+        _run("umount", "--lazy", name)
+
+
+@contextmanager
+def _set_aside(page_size: int, pages: int) -> Iterator[None]:
+    control = _HUGE_PAGES / f"hugepages-{page_size // KIB}kB" / "nr_hugepages"
+    if not control.exists():
+        raise Unsupported(f"this machine has no huge pages of {format_size(page_size)}")
+    gained = _adjust(control, pages)
+    try:
+        if gained < pages:
+            raise NoMemory(
+                f"the kernel found {gained} of {pages} free huge pages of {format_size(page_size)}; "
+                "free some memory, or ask for fewer"
+            )
+        yield
+    finally:
+        _adjust(control, -gained)
+
+
+def _adjust(control: Path, change: int) -> int:
+    """Add to a counter of huge pages; return by how much it really grew."""
+    with control.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = int(control.read_text())
+        control.write_text(str(max(before + change, 0)))
+        return int(control.read_text()) - before
+
+
+def _require_root(what: str) -> None:
+    if os.geteuid() != 0:
+        raise Denied(f"mounting {what} needs root; run this test as root")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Unsupported(f"{' '.join(command)}: {done.stderr.strip()}")
