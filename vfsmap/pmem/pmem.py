@@ -1,0 +1,331 @@
+"""A pool's bytes: opened, mapped, stored to, made durable, reserved and given back."""
+
+import ctypes
+import ctypes.util
+import errno
+import fcntl
+import mmap
+import os
+from functools import cache
+from pathlib import Path
+from typing import Protocol, Self
+
+from vfsmap.errors import (
+    Denied,
+    Invalid,
+    MediumError,
+    NoSpace,
+    NotFound,
+    PoolInUse,
+    Unsupported,
+    VfsmapError,
+)
+from vfsmap.pmem import libc
+from vfsmap.pmem.medium import MAP_SHARED_VALIDATE, MAP_SYNC, Commit, Medium, detect, size_of
+from vfsmap.units import KIB, MIB, align_down, align_up, format_size
+
+_PAGE = 4 * KIB
+_ZEROS = bytes(2 * MIB)
+
+
+class Flusher(Protocol):
+    """The part of libpmem that a DAX medium needs."""
+
+    def pmem_flush(self, address: int, length: int) -> None:
+        """Start writing the CPU's cached lines back."""
+
+    def pmem_drain(self) -> None:
+        """Wait until what was started is durable."""
+
+
+@cache
+def libpmem() -> Flusher | None:
+    """Return libpmem, or None where it is not installed (msync(2) serves then)."""
+    name = ctypes.util.find_library("pmem")
+    if name is None:
+        return None
+    library = ctypes.CDLL(name)
+    library.pmem_flush.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    library.pmem_flush.restype = None
+    library.pmem_drain.argtypes = ()
+    library.pmem_drain.restype = None
+    return library  # type: ignore[return-value]  # a CDLL has the two functions as attributes
+
+
+class Pmem:
+    """An open medium, mapped whole.
+
+    Stores go through :meth:`store`, so that a test can put a recording medium in this class's
+    place; loads read :attr:`view`, which is writable only for those who know what they do (the
+    windows of other processes are).
+    """
+
+    def __init__(
+        self, fd: int, path: Path, *, writable: bool, medium: Medium | None = None
+    ) -> None:
+        """Map the open file; takes ``fd`` over."""
+        self.fd = fd
+        self.path = path
+        self.writable = writable
+        self.medium = medium or detect(fd)
+        self.size = size_of(fd)
+        self._map = self._map_all()
+        self.view = memoryview(self._map)
+        self._flusher = libpmem() if self.medium.commit is Commit.FLUSH else None
+        self._address = libc.address_of(self._map) if self._flusher and writable else 0
+
+    @classmethod
+    def open(cls, path: str | Path, *, writable: bool) -> Self:
+        """Open and map an existing file; a writer locks out other writers.
+
+        Raises:
+            NotFound: there is no such file.
+            Denied: its permissions forbid it.
+            PoolInUse: another process has it open for writing.
+            Unsupported: it is not a kind of file that can hold a pool.
+        """
+        path = Path(path)
+        fd = _open(path, os.O_RDWR if writable else os.O_RDONLY)
+        try:
+            if writable:
+                _lock(fd, path)
+            return cls(fd, path, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def create(cls, path: str | Path, size: int, *, replace: bool = False) -> Self:
+        """Create a file of ``size`` bytes, or take a DAX device or an existing file over.
+
+        Raises:
+            Invalid: the file exists, and ``replace`` is not given; or the size does not suit.
+            PoolInUse: another process has it open for writing.
+            NoSpace: the file system below can't hold a file of that size.
+
+        Crash: an empty or a sparse file, which no pool can be opened from.
+        """
+        path = Path(path)
+        device = path.is_char_device()
+        flags = os.O_RDWR if device else os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
+        existed = path.exists()
+        fd = _open(path, flags)
+        try:
+            _lock(fd, path)
+            if not device:
+                medium = detect(fd)
+                if size % medium.page_size:
+                    raise Invalid(
+                        f"size {format_size(size)} is not a multiple of the medium's page size, "
+                        f"{format_size(medium.page_size)}"
+                    )
+                try:
+                    os.ftruncate(fd, 0)
+                    os.ftruncate(fd, size)
+                except OSError as exc:
+                    raise _translated(exc, f"can't make {path} {format_size(size)} long") from exc
+            return cls(fd, path, writable=True)
+        except BaseException:
+            os.close(fd)
+            if not existed and not device:
+                path.unlink(missing_ok=True)
+            raise
+
+    def _map_all(self) -> mmap.mmap:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
+        flags = mmap.MAP_SHARED
+        if self.medium.name == "dax":
+            flags = MAP_SHARED_VALIDATE | MAP_SYNC
+        if self.size == 0:
+            raise Invalid(f"{self.path} is empty")
+        try:
+            return mmap.mmap(self.fd, self.size, flags, protection)
+        except OSError as exc:
+            raise _translated(exc, f"can't map {self.path}") from exc
+
+    def store(self, offset: int, data: bytes | memoryview | bytearray) -> None:
+        """Copy ``data`` to ``offset``.
+
+        Crash: any mix of old and new words of the range.
+        """
+        self.view[offset : offset + len(data)] = data
+
+    def zero(self, offset: int, length: int) -> None:
+        """Store zeros; for ranges smaller than the medium's page, or that must stay in place.
+
+        Crash: any mix of old words and zeros.
+        """
+        while length > 0:
+            piece = min(length, len(_ZEROS))
+            self.store(offset, _ZEROS if piece == len(_ZEROS) else _ZEROS[:piece])
+            offset += piece
+            length -= piece
+
+    def flush(self, offset: int, length: int) -> None:
+        """Start making a range durable where that takes the CPU; else nothing.
+
+        Crash: each cache line of the range is old or new.
+        """
+        if self._flusher is not None:
+            self._flusher.pmem_flush(self._address + offset, length)
+        elif self.medium.commit is Commit.FLUSH:
+            self._msync(offset, length)
+
+    def fence(self) -> None:
+        """Wait for the flushes; what was flushed before is durable before anything stored after."""
+        if self._flusher is not None:
+            self._flusher.pmem_drain()
+
+    def persist(self, offset: int, length: int) -> None:
+        """Make a range as durable as the medium promises, and wait for it.
+
+        Raises:
+            MediumError: the medium refused; nothing may be believed durable since the last call.
+
+        Crash: each cache line (on a page-cache medium: each page) of the range is old or new.
+        """
+        if self.medium.commit is Commit.SYNC:
+            self._msync(offset, length)
+        else:
+            self.flush(offset, length)
+            self.fence()
+
+    def sync(self) -> None:
+        """Make everything stored so far as durable as the medium promises.
+
+        Raises:
+            MediumError: the medium refused.
+
+        Crash: any page stored since the last call is old or new.
+        """
+        if self.medium.commit is Commit.SYNC:
+            try:
+                os.fdatasync(self.fd)
+            except OSError as exc:
+                raise MediumError(f"can't write {self.path} back: {exc.strerror}") from exc
+        else:
+            self.fence()
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Make sure that storing to the range will find room; contents stay.
+
+        Raises:
+            NoSpace: the file system below, or the pool of huge pages, is exhausted.
+
+        Crash: parts of the range are reserved.
+        """
+        if self.medium.can_punch:
+            start, end = self._granules(offset, length)
+            self._fallocate(0, start, end - start)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give a range back to the file system below; it reads as zeros then.
+
+        Returns False, and does nothing, where the medium's pages are larger than the range.
+
+        Crash: each of the medium's pages is old or zero.
+        """
+        if not self.medium.can_punch or (offset | length) % self.medium.page_size:
+            return False
+        self._fallocate(libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE, offset, length)
+        return True
+
+    def collapse(self, offset: int, length: int) -> None:
+        """Ask for huge pages behind a reserved range, where the policy alone does not give them."""
+        if self.medium.name == "tmpfs" and self.medium.huge not in ("always", "within_size"):
+            # "never" and a lack of free huge pages are answered by an error: it stays small then
+            libc.try_collapse(libc.address_of(self._map) + offset, length)
+
+    def resize(self, size: int) -> None:
+        """Make the file longer and map it again; no view of the old mapping may be in use.
+
+        Raises:
+            Unsupported: a device has the size it has.
+            NoSpace: the file system below can't hold a file of that size.
+
+        Crash: the file has the old or the new size; a pool does not use the new part yet.
+        """
+        if not self.medium.can_punch:
+            raise Unsupported(f"{self.path} is a device: its size can't be changed")
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as exc:
+            raise _translated(exc, f"can't make {self.path} {format_size(size)} long") from exc
+        self.view.release()
+        self._map.close()
+        self.size = size
+        self._map = self._map_all()
+        self.view = memoryview(self._map)
+        self._address = libc.address_of(self._map) if self._flusher else 0
+
+    def close(self) -> None:
+        """Unmap and close; the lock goes with it.
+
+        Raises:
+            BufferError: somebody still holds a view of the medium.
+        """
+        if self.fd >= 0:
+            self.view.release()
+            self._map.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    def _granules(self, offset: int, length: int) -> tuple[int, int]:
+        page = self.medium.page_size
+        return align_down(offset, page), min(align_up(offset + length, page), self.size)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        try:
+            libc.fallocate(self.fd, mode, offset, length)
+        except OSError as exc:
+            raise _translated(exc, f"{self.path}: no room for {format_size(length)}") from exc
+
+    def _msync(self, offset: int, length: int) -> None:
+        start = align_down(offset, _PAGE)
+        try:
+            self._map.flush(start, min(align_up(offset + length, _PAGE), self.size) - start)
+        except OSError as exc:
+            raise MediumError(f"can't write {self.path} back: {exc.strerror}") from exc
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW * bool(flags & os.O_CREAT), 0o600)
+    except OSError as exc:
+        raise _translated(exc, f"can't open {path}") from exc
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        holder = _lock_holder(fd)
+        by = f" by process {holder}" if holder else ""
+        raise PoolInUse(f"{path} is in use{by}; unmount it or stop that process first") from exc
+
+
+def _lock_holder(fd: int) -> str:
+    """Return the process that holds the lock, as /proc/locks names it, or nothing."""
+    inode = f":{os.fstat(fd).st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].endswith(inode):
+            return fields[4]
+    return ""
+
+
+def _translated(exc: OSError, what: str) -> VfsmapError:
+    reason = f"{what}: {exc.strerror}"
+    match exc.errno:
+        case errno.ENOENT:
+            return NotFound(reason)
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return Denied(reason)
+        case errno.EEXIST | errno.EISDIR | errno.EINVAL | errno.ELOOP | errno.ENOTDIR:
+            return Invalid(reason)
+        case errno.ENOSPC | errno.EFBIG | errno.ENOMEM | errno.EDQUOT:
+            return NoSpace(reason)
+        case errno.EOPNOTSUPP:
+            return Unsupported(reason)
+        case _:
+            return MediumError(reason)

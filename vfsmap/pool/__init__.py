@@ -1,0 +1,9 @@
+"""The pool: crash-consistent objects and aligned bytes in one pmem file; our pmemobj."""
+
+from vfsmap.pool.journal import Commit
+from vfsmap.pool.layout import Structure
+from vfsmap.pool.pool import Pool
+from vfsmap.pool.transaction import Transaction
+from vfsmap.pool.typed import Oid
+
+__all__ = ["Commit", "Oid", "Pool", "Structure", "Transaction"]

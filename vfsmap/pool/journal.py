@@ -1,0 +1,358 @@
+"""How transactions reach the medium: the active half of the log, its checkpoints, group commits."""
+
+import threading
+import zlib
+
+from vfsmap.errors import NoSpace, ReadOnly, VfsmapError
+from vfsmap.pmem import Commit as CommitKind
+from vfsmap.pmem import Pmem
+from vfsmap.pool import superblock
+from vfsmap.pool.checkpoint import Checkpoint
+from vfsmap.pool.layout import RECORD, Superblock
+from vfsmap.pool.log import LogHalf, Place
+from vfsmap.pool.space import Run, Space
+from vfsmap.units import KIB, PMD, PTE, align_up
+
+RESERVE = 64 * KIB
+"""Kept free in every half, so that a pool whose log is full can still delete."""
+_SLICE = 16 * KIB
+_FULL = "the pool's log is full and can't grow: delete something, or make the pool larger"
+
+
+class Journal:
+    """The log of one open pool and the objects that it replays to.
+
+    Shapes: ``objects`` maps each object's number to its record, header included; ``live`` is the
+    sum of their lengths.
+    """
+
+    def __init__(self, pmem: Pmem, sb: Superblock) -> None:
+        self.pmem = pmem
+        self.superblock = sb
+        self.objects: dict[int, bytes] = {}
+        self.live = 0
+        self.next_oid = 1
+        self.space = Space(pmem)
+        self.failed: VfsmapError | None = None
+        self._salt = zlib.crc32(bytes(sb.uuid))
+        self.log = LogHalf(pmem, self.halves[sb.active], sb.generation, self._salt)
+        self._checkpoint: Checkpoint | None = None
+        self._larger: tuple[Place, Place] | None = None
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._pending_free: list[Run] = []
+        self._in_flight: Commit | None = None
+        self.io = threading.Lock()
+
+    @property
+    def halves(self) -> tuple[Place, Place]:
+        """Where the two halves of the log lie."""
+        first, second = (Place(h.start, h.length) for h in self.superblock.halves)
+        return first, second
+
+    @property
+    def grouped(self) -> bool:
+        """Tell whether transactions wait in memory for a group commit."""
+        return self.pmem.medium.commit is CommitKind.SYNC
+
+    def replay(self) -> None:
+        """Read the log.
+
+        Raises:
+            PoolDamaged: an invalid batch is followed by valid newer ones; what comes before it is
+                in ``objects``.
+        """
+        try:
+            self.next_oid = max(1, self.log.replay(self.objects))
+        finally:
+            self.live = sum(map(len, self.objects.values()))
+
+    def require_writable(self) -> None:
+        """Do nothing when the pool takes changes.
+
+        Raises:
+            ReadOnly: it does not; the message says why.
+        """
+        if self.failed is not None:
+            raise ReadOnly(f"the pool turned read-only: {self.failed}")
+        if not self.pmem.writable:
+            raise ReadOnly("the pool was opened read-only")
+
+    def fail(self, reason: VfsmapError) -> None:
+        """Turn read-only, for the reason given; the first reason stays."""
+        self.failed = self.failed or reason
+
+    def apply(self, records: list[bytes], freed: list[Run]) -> None:
+        """Commit records, and free runs once that is durable.
+
+        Raises:
+            NoSpace: the log can't hold them.
+            ReadOnly: the pool can't be written.
+            MediumError: the medium refused; the pool is read-only from now on.
+
+        Crash: all or nothing; on a grouped medium durable with the next group.
+        """
+        self.require_writable()
+        size = sum(map(len, records))
+        self._make_room(size, self._growth(records))
+        if self.grouped:
+            self._pending += records
+            self._pending_bytes += size
+            self._pending_free += freed
+        else:
+            self._store(records)
+        self._remember(records)
+        if self._checkpoint is not None:
+            self._advance(self._checkpoint, records, size)
+        if not self.grouped:
+            self._free(freed)
+
+    def _store(self, records: list[bytes]) -> None:
+        try:
+            self.pmem.fence()  # the data that the records speak of comes first
+            at = self.log.append(records, self.next_oid)
+            self.pmem.persist(at, self.log.tail - at)  # the commit point
+        except VfsmapError as exc:
+            self.fail(exc)
+            raise
+
+    def _growth(self, records: list[bytes]) -> int:
+        growth = 0
+        for rec in records:
+            _, tag, oid = RECORD.unpack_from(rec)
+            growth += (len(rec) if tag else 0) - len(self.objects.get(oid, b""))
+        return growth
+
+    def _remember(self, records: list[bytes]) -> None:
+        objects = self.objects
+        for rec in records:
+            _, tag, oid = RECORD.unpack_from(rec)
+            if tag:
+                self.live += len(rec) - len(objects.get(oid, b""))
+                objects[oid] = rec
+            else:
+                self.live -= len(objects.pop(oid, b""))
+
+    def _free(self, runs: list[Run]) -> None:
+        for start, length in runs:
+            self.space.free(start, length)
+
+    # room in the log
+
+    @property
+    def _shorter(self) -> int:
+        return min(place.length for place in self.halves)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of live records that the log can hold without growing."""
+        return (self._shorter - RESERVE) * 255 // 256
+
+    def _make_room(self, size: int, growth: int) -> None:
+        if growth > 0 and self.live + growth > self.capacity:
+            self._grow(growth)
+        wanted = self._pending_bytes + size
+        room = self.log.room - wanted
+        # half full of live records, a checkpoint would soon be due again: put it off to the last
+        roomy = self.live * 2 <= self.log.place.length
+        if room >= (self.log.place.length // 8 if roomy else 0):
+            return
+        if self._checkpoint is None:
+            self._settle()
+            self._start_checkpoint()
+        if room < 0:
+            self._finish_checkpoint()
+            if self.log.room < size:
+                raise NoSpace(_FULL)
+
+    def _grow(self, growth: int) -> None:
+        self._settle()
+        self._drop_checkpoint()
+        self._larger = self._take_larger(self.live + growth)
+        if self._larger is None:
+            raise NoSpace(_FULL)
+        self._start_checkpoint()
+        self._finish_checkpoint()
+
+    def _take_larger(self, live: int) -> tuple[Place, Place] | None:
+        """Take room for two halves of twice, or a little more than, the live records."""
+        for wanted in (2 * live + 2 * RESERVE, live + live // 8 + 2 * RESERVE):
+            level = PMD if wanted >= PMD.size else PTE
+            length = align_up(wanted, level.size)
+            if length <= self._shorter:
+                break
+            taken: list[Place] = []
+            try:
+                taken.extend(Place(*self.space.take(length, level)) for _ in range(2))
+                return taken[0], taken[1]
+            except NoSpace:
+                self._free([(place.start, place.length) for place in taken])
+        return None
+
+    def _start_checkpoint(self) -> None:
+        if self._larger is None and self.live * 2 + 2 * RESERVE > self._shorter:
+            self._larger = self._take_larger(self.live)
+        spare = self.halves[1 - self.superblock.active]
+        place = self._larger[0] if self._larger else spare
+        half = LogHalf(self.pmem, place, self.superblock.generation + 1, self._salt)
+        self._checkpoint = Checkpoint(half, self.objects)
+
+    def _advance(self, checkpoint: Checkpoint, records: list[bytes], size: int) -> None:
+        """Copy a slice: enough, for every byte logged, to be done before the log is full."""
+        fits = checkpoint.follow(records, self.next_oid)
+        if not (fits and checkpoint.copy(max(_SLICE, 16 * size), self.next_oid)):
+            self._drop_checkpoint()
+        elif checkpoint.done and not self.grouped:
+            self._switch(checkpoint)
+
+    def _drop_checkpoint(self) -> None:
+        self._checkpoint = None
+        if self._larger:
+            self._free([(place.start, place.length) for place in self._larger])
+            self._larger = None
+
+    def _finish_checkpoint(self) -> None:
+        if self._checkpoint and not self._checkpoint.copy(self.live, self.next_oid):
+            # what was copied in slices, and has changed since, took too much room
+            self._drop_checkpoint()
+            self._start_checkpoint()
+            self._checkpoint.copy(self.live, self.next_oid)
+        if self.grouped:
+            self.sync()
+        elif self._checkpoint:
+            self._switch(self._checkpoint)
+
+    def _switch(self, checkpoint: Checkpoint) -> None:
+        """Make the checkpoint's half the active one.
+
+        Crash: the old half, whole, or the new one; they replay to the same objects.
+        """
+        half = checkpoint.half
+        try:
+            self.pmem.persist(half.place.start, half.tail - half.place.start)
+            new = self.write_switched(half)
+        except VfsmapError as exc:
+            self.fail(exc)
+            raise
+        self.log = half
+        self._checkpoint = None
+        self.switched(new)
+
+    def write_switched(self, half: LogHalf) -> Superblock:
+        """Write, and return, a superblock in which ``half``, durable by now, is active.
+
+        Crash: the old or the new half is active.
+        """
+        sb = Superblock.from_buffer_copy(self.superblock)
+        sb.generation = half.generation
+        sb.active = 1 - sb.active
+        if self._larger:
+            sb.active = 0
+            for mine, place in zip(sb.halves, self._larger, strict=True):
+                mine.start, mine.length = place
+        superblock.write(self.pmem, sb)
+        return sb
+
+    def switched(self, sb: Superblock) -> None:
+        """Forget the old half, now that ``sb`` is durable."""
+        old, self.superblock = self.halves, sb
+        if self._larger:
+            self._larger = None
+            self._free([(place.start, place.length) for place in old])
+
+    # group commits
+
+    def begin_commit(self) -> "Commit":
+        """Take what is pending; the commit's ``run`` may then block in another thread."""
+        self._settle()
+        checkpoint = self._checkpoint
+        switch = self.grouped and checkpoint is not None and checkpoint.done
+        if checkpoint and switch:
+            self.log = checkpoint.half  # which the pending records have followed into
+            self._checkpoint = None
+        records = [] if switch else self._pending
+        commit = Commit(self, records, self._pending_free, switch=switch)
+        self._pending, self._pending_free, self._pending_bytes = [], [], 0
+        self._in_flight = commit
+        return commit
+
+    def _settle(self) -> None:
+        """Wait for the commit in flight, if there is one."""
+        if self._in_flight is not None:
+            self._in_flight.run()
+            self._in_flight.finish()
+
+    def settled(self, commit: "Commit") -> None:
+        """Note that ``commit`` is over."""
+        if self._in_flight is commit:
+            self._in_flight = None
+
+    def sync(self) -> None:
+        """Make everything done so far as durable as the medium promises; blocks.
+
+        Raises:
+            MediumError: the medium refused; the pool is read-only from now on.
+
+        Crash: everything or nothing of the group that was pending.
+        """
+        commit = self.begin_commit()
+        commit.run()
+        commit.finish()
+
+
+class Commit:
+    """One group of transactions on its way to a page-cache medium."""
+
+    def __init__(
+        self, journal: Journal, records: list[bytes], freed: list[Run], *, switch: bool
+    ) -> None:
+        self._journal = journal
+        self._records = records
+        self._freed = freed
+        self._next_oid = journal.next_oid
+        self._log = journal.log
+        self._switch = switch
+        self._superblock: Superblock | None = None
+        self._error: VfsmapError | None = None
+        self._ran = False
+
+    def run(self) -> None:
+        """Write the data back, then the log; blocks, and may run in any thread.
+
+        Raises:
+            MediumError: the medium refused; the pool is read-only from now on.
+
+        Crash: all transactions of the group or none; data of existing extents page by page.
+        """
+        with self._journal.io:
+            if not self._ran:
+                self._ran = True
+                try:
+                    self._write()
+                except VfsmapError as exc:
+                    self._error = exc
+                    self._journal.fail(exc)
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        journal = self._journal
+        if journal.failed is not None:
+            raise ReadOnly(f"the pool turned read-only: {journal.failed}")
+        journal.pmem.sync()
+        if self._switch:
+            self._superblock = journal.write_switched(self._log)
+        elif self._records:
+            at = self._log.append(self._records, self._next_oid)
+            journal.pmem.persist(at, self._log.tail - at)  # the commit point
+
+    def finish(self) -> None:
+        """Free what the group freed; in the owner's thread, after ``run``."""
+        if self._superblock is not None:
+            self._journal.switched(self._superblock)
+            self._superblock = None
+        if self._error is None:
+            freed, self._freed = self._freed, []
+            for start, length in freed:
+                self._journal.space.free(start, length)
+        self._journal.settled(self)

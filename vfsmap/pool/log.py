@@ -1,0 +1,126 @@
+"""One half of the log: batches appended to it, and replayed from it.
+
+A batch is valid when its magic, generation, sequence and checksum are; the first one that is not
+ends the replay.  No batch is stored before the one in front of it is durable, so a valid, newer
+batch behind an invalid one can't come from a crash: it is damage.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vfsmap.errors import PoolDamaged
+from vfsmap.pmem import Pmem
+from vfsmap.pool.layout import BATCH, BATCH_MAGIC, RECORD
+
+_MAGIC_BYTES = BATCH_MAGIC.to_bytes(4, "little")
+
+
+class Place(NamedTuple):
+    """A half of the log in the pool, bytes."""
+
+    start: int
+    length: int
+
+
+class LogHalf:
+    """Where batches of one generation go, one behind the other."""
+
+    def __init__(self, pmem: Pmem, place: Place, generation: int, salt: int) -> None:
+        """Start at the beginning of ``place``; ``salt`` is the CRC-32 of the pool's uuid."""
+        self._pmem = pmem
+        self.place = place
+        self.generation = generation
+        self._salt = salt
+        self.tail = place.start
+        self.sequence = 0
+
+    @property
+    def room(self) -> int:
+        """Bytes of records that one more batch can hold."""
+        return self.place.start + self.place.length - self.tail - BATCH.size
+
+    def append(self, records: Sequence[bytes], next_oid: int) -> int:
+        """Store one batch and return where it lies; :meth:`Pmem.persist` it, and it is committed.
+
+        Crash: the batch is wholly there, or replay ends in front of it.
+        """
+        body = b"".join(records)
+        length = BATCH.size + len(body)
+        fields = (self.generation, self.sequence, length, next_oid)
+        checksum = zlib.crc32(body, zlib.crc32(BATCH.pack(BATCH_MAGIC, 0, *fields), self._salt))
+        at = self.tail
+        self._pmem.store(at, BATCH.pack(BATCH_MAGIC, checksum, *fields) + body)
+        self.tail += length
+        self.sequence += 1
+        return at
+
+    def replay(self, objects: dict[int, bytes]) -> int:
+        """Bring ``objects`` up to date with the batches from the tail on, which it advances.
+
+        Returns the smallest number that no object has had.
+
+        Raises:
+            PoolDamaged: an invalid batch is followed by valid newer ones.
+        """
+        next_oid = 0
+        while batch := self._valid_batch(self.tail, self.sequence):
+            length, next_oid = batch
+            self._replay_records(self.tail + BATCH.size, self.tail + length, objects)
+            self.tail += length
+            self.sequence += 1
+        self._require_nothing_newer()
+        return next_oid
+
+    def _valid_batch(
+        self, at: int, sequence: int, *, newer: bool = False
+    ) -> tuple[int, int] | None:
+        """Return length and next_oid of the batch at ``at``, if there is one of that sequence."""
+        view = self._pmem.view
+        end = self.place.start + self.place.length
+        if at + BATCH.size > end:
+            return None
+        magic, checksum, generation, found, length, next_oid = BATCH.unpack_from(view, at)
+        if (
+            magic != BATCH_MAGIC
+            or generation != self.generation
+            or not BATCH.size <= length <= end - at
+        ):
+            return None
+        if found != sequence and not (newer and found > sequence):
+            return None
+        head = BATCH.pack(BATCH_MAGIC, 0, generation, found, length, next_oid)
+        body = view[at + BATCH.size : at + length]
+        if zlib.crc32(body, zlib.crc32(head, self._salt)) != checksum:
+            return None
+        return length, next_oid
+
+    def _replay_records(self, at: int, end: int, objects: dict[int, bytes]) -> None:
+        view = self._pmem.view
+        unpack = RECORD.unpack_from
+        least = RECORD.size
+        while at < end:
+            length, tag, oid = unpack(view, at)
+            if length < least or length % 8 or length > end - at:
+                raise PoolDamaged(f"log record at {at:#x} has the impossible length {length}")
+            if tag:
+                objects[oid] = bytes(view[at : at + length])
+            else:
+                objects.pop(oid, None)
+            at += length
+
+    def _require_nothing_newer(self) -> None:
+        end = self.place.start + self.place.length
+        piece_start = self.tail
+        while piece_start < end:
+            piece = bytes(self._pmem.view[piece_start : min(piece_start + (1 << 20), end)])
+            found = piece.find(_MAGIC_BYTES)
+            while found >= 0:
+                at = piece_start + found
+                if at % 8 == 0 and self._valid_batch(at, self.sequence, newer=True):
+                    raise PoolDamaged(
+                        f"log batch {self.sequence} at {self.tail:#x} is damaged, "
+                        f"yet a newer one at {at:#x} is whole"
+                    )
+                found = piece.find(_MAGIC_BYTES, found + 1)
+            piece_start += (1 << 20) - 8 if len(piece) == 1 << 20 else len(piece)

@@ -1,0 +1,151 @@
+"""A transaction: objects, arenas and the root, changed together or not at all."""
+
+import ctypes
+from types import TracebackType
+from typing import Self
+
+from vfsmap.errors import Invalid, NotFound
+from vfsmap.pool.journal import Journal
+from vfsmap.pool.layout import (
+    EXTENT,
+    RECORD,
+    ExtentRecord,
+    Root,
+    end_record,
+    record,
+)
+from vfsmap.pool.space import Run
+from vfsmap.pool.typed import Oid, tag_of
+from vfsmap.units import PTE, Level, align_up, parse_size
+
+
+class Transaction:
+    """Collects changes; they happen when the ``with`` block ends, all of them, or none.
+
+    An exception inside the block, or a pool without room, leaves the pool as it was.
+    """
+
+    __slots__ = ("_freed", "_journal", "_records", "_taken")
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._records: list[bytes] = []
+        self._taken: list[Run] = []
+        self._freed: list[Run] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if exc is None:
+            self.commit()
+        else:
+            self.abort()
+
+    def commit(self) -> None:
+        """Make the changes.
+
+        Raises:
+            NoSpace: the log can't hold them.
+            ReadOnly: the pool can't be written.
+
+        Crash: all changes or none; on a grouped medium they are durable with the next group.
+        """
+        try:
+            if self._records:
+                self._journal.apply(self._records, self._freed)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Give everything taken back."""
+        for start, length in self._taken:
+            self._journal.space.free(start, length)
+        self._taken.clear()
+        self._records.clear()
+
+    def new_oid(self) -> int:
+        """Return a number that no object has had."""
+        oid = self._journal.next_oid
+        self._journal.next_oid = oid + 1
+        return oid
+
+    def put(self, oid: int, tag: int, payload: bytes) -> None:
+        """Give object ``oid`` this content."""
+        self._records.append(record(oid, tag, payload))
+
+    def end(self, oid: int) -> None:
+        """End an object; its number is never used again."""
+        self._records.append(end_record(oid))
+
+    def take(
+        self, length: int, level: Level = PTE, *, goal: int | None = None, minimum: int = 0
+    ) -> Run:
+        """Take a run of reserved pool bytes; its arguments are those of Allocator.allocate.
+
+        Whole huge units read as zeros; what is smaller holds anything.
+
+        Raises:
+            NoSpace: neither the pool nor the file system below has it.
+
+        Crash: the run is free still.
+        """
+        start, got = self._journal.space.take(length, level, goal=goal, minimum=minimum)
+        self._taken.append((start, got))
+        return start, got
+
+    def release(self, start: int, length: int) -> None:
+        """Free a run once this transaction is durable."""
+        self._freed.append((start, length))
+
+    # typed objects and arenas, for programs
+
+    def new(self, obj: ctypes.Structure) -> Oid:
+        """Store a typed object under a new number and return that."""
+        oid = Oid(self.new_oid())
+        self.set(oid, obj)
+        return oid
+
+    def set(self, oid: Oid, obj: ctypes.Structure) -> None:
+        """Replace the content of a typed object."""
+        self.put(oid, tag_of(type(obj)), bytes(obj))
+
+    def delete(self, oid: Oid) -> None:
+        """End a typed object or an arena, and free its bytes.
+
+        Raises:
+            NotFound: there is no such object.
+        """
+        rec = self._journal.objects.get(oid)
+        if rec is None:
+            raise NotFound(f"there is no object {oid}")
+        if RECORD.unpack_from(rec)[1] == ExtentRecord.TAG:
+            self.release(*EXTENT.unpack_from(rec, RECORD.size)[2:])
+        self.end(oid)
+
+    def allocate(self, size: int | str, *, level: Level = PTE) -> Oid:
+        """Allocate an arena: one run of zeroed bytes that starts at a multiple of the level's size.
+
+        The length is rounded up to the level's size, never down.
+
+        Raises:
+            Invalid: the size is 0.
+            NoSpace: there is no such run.
+        """
+        length = align_up(parse_size(size), level.size)
+        if length == 0:
+            raise Invalid("an arena can't be empty")
+        start, _ = self.take(length, level)
+        self._journal.space.clear(start, length)
+        oid = Oid(self.new_oid())
+        self.put(oid, ExtentRecord.TAG, EXTENT.pack(0, 0, start, length))
+        return oid
+
+    def set_root(self, oid: Oid) -> None:
+        """Make an object the root, from which a program finds the others."""
+        self._records.append(record(0, Root.TAG, oid.to_bytes(8, "little")))
+
+    root = property(fset=set_root, doc="Assigning makes an object the pool's root.")
