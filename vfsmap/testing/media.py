@@ -89,7 +89,7 @@ def _set_aside(page_size: int, pages: int) -> Iterator[None]:
     try:
         if gained < pages:
             raise NoMemory(
-                f"the kernel found {gained} of {pages} free huge pages of {format_size(page_size)}; "
+                f"the kernel found {gained} of {pages} free pages of {format_size(page_size)}; "
                 "free some memory, or ask for fewer"
             )
         yield

@@ -1,0 +1,1 @@
+"""Windows: ranges of a process's addresses over a file's extents."""
