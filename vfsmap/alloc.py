@@ -28,7 +28,7 @@ class _Fragments:
         self.by_length.add((end - start, start))
 
     def remove(self, start: int) -> int:
-        end = self.by_start.pop(start)
+        end: int = self.by_start.pop(start)
         del self.by_end[end]
         self.by_length.remove((end - start, start))
         return end
@@ -89,6 +89,24 @@ class Allocator:
         require_aligned("length", length, self._levels[0].size)
         self._insert(start, start + length, 0)
         self.free_bytes += length
+
+    def withhold(self, start: int, length: int) -> list[tuple[int, int]]:
+        """Take whatever is free in this range, and return the runs taken."""
+        taken = []
+        for fragments in self._fragments:
+            at = max(fragments.by_start.bisect_right(start) - 1, 0)
+            for first, last in list(fragments.by_start.items()[at:]):
+                if first >= start + length:
+                    break
+                inside = max(first, start), min(last, start + length)
+                if inside[0] < inside[1]:
+                    fragments.remove(first)
+                    taken.append((inside[0], inside[1] - inside[0]))
+                    for a, b in ((first, inside[0]), (inside[1], last)):
+                        if a < b:
+                            self._insert(a, b, 0)
+        self.free_bytes -= sum(run[1] for run in taken)
+        return taken
 
     def has_units(self, start: int, length: int) -> bool:
         """Tell whether the run is free, and in whole units of a level above the smallest."""
@@ -158,7 +176,9 @@ class Allocator:
 
         A unit of a larger level is not broken just to grow in one piece.
         """
-        for at in range(row, len(self._levels)) if goal is not None else ():
+        if goal is None:
+            return None
+        for at in range(row, len(self._levels)):
             end = self._fragments[at].by_start.get(goal)
             if end is not None:
                 broken = at > row and end - goal > length

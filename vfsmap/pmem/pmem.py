@@ -49,7 +49,7 @@ def libpmem() -> Flusher | None:
     library.pmem_flush.restype = None
     library.pmem_drain.argtypes = ()
     library.pmem_drain.restype = None
-    return library  # type: ignore[return-value]  # a CDLL has the two functions as attributes
+    return library
 
 
 class Pmem:

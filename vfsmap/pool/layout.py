@@ -16,7 +16,7 @@ the records of a half in order gives all objects.
 
 import ctypes
 import struct
-from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any, ClassVar, Final
 
 from vfsmap.units import KIB
@@ -128,10 +128,10 @@ class InodeRecord(Structure):
         ("rdev", c_uint32),  # device nodes only, as the kernel's new_encode_dev() has it
         ("flags", c_uint32),  # bit 0: sealed; bits 8-15: log2 of the alignment hint, 0 for none
         ("size", c_uint64),
-        ("atime_ns", c_uint64),  # signed, since 1970, UTC; so are the next three
-        ("mtime_ns", c_uint64),
-        ("ctime_ns", c_uint64),
-        ("btime_ns", c_uint64),
+        ("atime_ns", c_int64),  # since 1970, UTC; so are the next three
+        ("mtime_ns", c_int64),
+        ("ctime_ns", c_int64),
+        ("btime_ns", c_int64),
     ]
 
 
@@ -177,13 +177,13 @@ SPACE: Final = (ExtentRecord.TAG, TreeExtentRecord.TAG)
 USER_TAG: Final = 1 << 31
 """Set in the tags of typed objects that programs define."""
 
-_CODES: Final[dict[Any, str]] = {c_uint8: "B", c_uint16: "H", c_uint32: "I", c_uint64: "Q"}
+_CODES: Final[dict[Any, str]] = {c_uint8: "B", c_uint16: "H", c_uint32: "I", c_uint64: "Q", c_int64: "q"}
 
 
 def packer(layout: type[Structure]) -> struct.Struct:
     """Return the struct that packs the fields of ``layout``; arrays of bytes are one ``s`` each."""
     codes = []
-    for _name, kind in layout._fields_:
+    for _name, kind, *_bits in layout._fields_:
         codes.append(_CODES.get(kind) or f"{ctypes.sizeof(kind)}s")
     return struct.Struct("<" + "".join(codes))
 

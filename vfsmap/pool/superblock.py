@@ -62,7 +62,7 @@ def load(view: memoryview) -> tuple[Superblock, list[str]]:
 
 
 def _unusable(view: memoryview, complaints: list[str]) -> NotAPool | PoolDamaged:
-    if not any(view[at : at + 8] == MAGIC for at in SUPERBLOCKS):
+    if not any(bytes(view[at : at + 8]) == MAGIC for at in SUPERBLOCKS):
         return NotAPool("not a vfsmap pool; make one with: vfsmap format")
     if any("format version" in c for c in complaints):
         return NotAPool(f"{complaints[0]}: made by a newer vfsmap; use that one")
