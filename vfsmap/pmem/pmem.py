@@ -25,6 +25,7 @@ from vfsmap.pmem.medium import MAP_SHARED_VALIDATE, MAP_SYNC, Commit, Medium, de
 from vfsmap.units import KIB, MIB, align_down, align_up, format_size
 
 _PAGE = 4 * KIB
+_HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 _ZEROS = bytes(2 * MIB)
 
 
@@ -235,6 +236,22 @@ class Pmem:
         if self.medium.name == "tmpfs" and self.medium.huge not in ("always", "within_size"):
             # "never" and a lack of free huge pages are answered by an error: it stays small then
             libc.try_collapse(libc.address_of(self._map) + offset, length)
+
+    def room(self) -> int | None:
+        """Return how many bytes of the file can be backed, those that are included.
+
+        None where there is no limit that could be asked for.
+        """
+        if not self.medium.can_punch:
+            return None
+        backed = os.fstat(self.fd).st_blocks * 512
+        if self.medium.name == "hugetlbfs":
+            page = self.medium.page_size
+            counts = _HUGEPAGES / f"hugepages-{page // KIB}kB"
+            free = int((counts / "free_hugepages").read_text())
+            return backed + page * (free - int((counts / "resv_hugepages").read_text()))
+        below = os.fstatvfs(self.fd)
+        return backed + below.f_bavail * below.f_frsize if below.f_blocks else None
 
     def resize(self, size: int) -> None:
         """Make the file longer and map it again; no view of the old mapping may be in use.

@@ -177,7 +177,19 @@ SPACE: Final = (ExtentRecord.TAG, TreeExtentRecord.TAG)
 USER_TAG: Final = 1 << 31
 """Set in the tags of typed objects that programs define."""
 
-_CODES: Final[dict[Any, str]] = {c_uint8: "B", c_uint16: "H", c_uint32: "I", c_uint64: "Q", c_int64: "q"}
+_CODES: Final[dict[Any, str]] = {
+    c_uint8: "B",
+    c_uint16: "H",
+    c_uint32: "I",
+    c_uint64: "Q",
+    c_int64: "q",
+}
+    c_uint8: "B",
+    c_uint16: "H",
+    c_uint32: "I",
+    c_uint64: "Q",
+    c_int64: "q",
+}
 
 
 def packer(layout: type[Structure]) -> struct.Struct:

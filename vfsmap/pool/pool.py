@@ -226,6 +226,11 @@ class Pool:
         return self.journal.space
 
     @property
+    def next_oid(self) -> int:
+        """A number that no object has had."""
+        return self.journal.next_oid
+
+    @property
     def root(self) -> Oid | None:
         """The root object's number, if one was set."""
         rec = self.objects.get(0)

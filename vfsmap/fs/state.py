@@ -1,0 +1,345 @@
+"""What the file system keeps in memory: an index of the pool's objects, and who uses what.
+
+The pool's objects are the truth; everything here can be made from them.  An inode is decoded when
+it is first asked for.  When a change fails, what it touched is forgotten and decoded again.
+"""
+
+import stat
+import time
+from types import TracebackType
+from typing import Final
+
+from vfsmap.errors import Invalid, IsADirectory, NotADirectory, NotAPool, NotFound, Sealed
+from vfsmap.fs.filemap import FileMap, Piece
+from vfsmap.fs.inode import ROOT, Inode
+from vfsmap.pool import Pool, Transaction
+from vfsmap.pool.layout import (
+    EXTENT,
+    RECORD,
+    SPACE,
+    DirentRecord,
+    ExtentRecord,
+    InodeRecord,
+    SealRecord,
+    SymlinkRecord,
+    TreeExtentRecord,
+    XattrRecord,
+    packer,
+)
+
+DIRENT: Final = packer(DirentRecord)
+SYMLINK: Final = packer(SymlinkRecord)
+XATTR: Final = packer(XattrRecord)
+_PAYLOAD: Final = RECORD.size
+_DIRECTORY: Final = stat.S_IFDIR >> 12
+_MOST_CACHED: Final = 1 << 16
+_DAY_NS: Final = 86_400 * 10**9
+BATCH_PIECES: Final = 1000
+"""The most extents that one transaction frees, so that a file in many pieces can be deleted."""
+
+
+class Use:
+    """Who keeps an inode: open handles and kernel references, cached writers, leases."""
+
+    __slots__ = ("cached_writers", "holds", "pins")
+
+    def __init__(self) -> None:
+        self.holds = 0
+        self.cached_writers = 0
+        self.pins: dict[int, Pin] = {}
+
+    @property
+    def writable_pins(self) -> int:
+        """How many leases may store into the file."""
+        return sum(pin.writable for pin in self.pins.values())
+
+
+class Pin:
+    """A lease's grip on a range of a file."""
+
+    __slots__ = ("end", "ino", "offset", "writable")
+
+    def __init__(self, ino: int, offset: int, end: int, *, writable: bool) -> None:
+        self.ino = ino
+        self.offset = offset
+        self.end = end
+        self.writable = writable
+
+
+class Change:
+    """A transaction that, when it fails, makes the file system forget what it touched."""
+
+    __slots__ = ("_state", "_tx")
+
+    def __init__(self, state: "State") -> None:
+        self._state = state
+        self._tx = state.pool.transaction()
+
+    def __enter__(self) -> Transaction:
+        return self._tx
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            if exc is None:
+                self._tx.commit()
+                return
+            self._tx.abort()
+        except BaseException:
+            self._state.forget_inodes()
+            raise
+        self._state.forget_inodes()
+
+
+class State:
+    """The index, and the ways into it that every part of the file system shares."""
+
+    def __init__(self, pool: Pool) -> None:
+        """Index the objects of an open pool.
+
+        Raises:
+            NotAPool: the pool holds no file system.
+        """
+        if pool.root != ROOT or ROOT not in pool.objects:
+            raise NotAPool(f"{pool.path} holds no file system; make one with: vfsmap format")
+        self.pool = pool
+        self._inodes: dict[int, Inode] = {}
+        self._maps: dict[int, FileMap] = {}
+        self._extents: dict[int, tuple[int, ...]] = {}
+        self._trees: dict[int, tuple[int, ...]] = {}
+        self._names: dict[int, dict[bytes, int]] = {}
+        self._parents: dict[int, int] = {ROOT: ROOT}
+        self._xattrs: dict[int, dict[bytes, int]] = {}
+        self._symlinks: dict[int, int] = {}
+        self._seals: dict[int, int] = {}
+        self._uses: dict[int, Use] = {}
+        self._pins: dict[int, Pin] = {}
+        self._next_pin = 1
+        self.inode_count = 0
+        self._orphans: list[int] = []
+        self._index()
+
+    def _index(self) -> None:
+        no_links = bytes(4)
+        names, extents = self._names, self._extents
+        unpack_dirent, name_at = DIRENT.unpack_from, _PAYLOAD + DIRENT.size
+        for oid, rec in self.pool.objects.items():
+            tag = rec[4]
+            if rec[7] or rec[5]:
+                continue
+            if tag == DirentRecord.TAG:
+                parent, ino, length, kind = unpack_dirent(rec, _PAYLOAD)
+                try:
+                    names[parent][rec[name_at : name_at + length]] = oid
+                except KeyError:
+                    names[parent] = {rec[name_at : name_at + length]: oid}
+                if kind == _DIRECTORY:
+                    self._parents[ino] = parent
+            elif tag == InodeRecord.TAG:
+                self.inode_count += 1
+                if rec[_PAYLOAD + 4 : _PAYLOAD + 8] == no_links:
+                    self._orphans.append(oid)
+            elif tag == ExtentRecord.TAG:
+                owner = int.from_bytes(rec[_PAYLOAD : _PAYLOAD + 8], "little")
+                extents[owner] = (*extents.get(owner, ()), oid)
+            else:
+                self._index_other(oid, tag, rec)
+
+    def _index_other(self, oid: int, tag: int, rec: bytes) -> None:
+        ino = int.from_bytes(rec[_PAYLOAD : _PAYLOAD + 8], "little")
+        if tag == SymlinkRecord.TAG:
+            self._symlinks[ino] = oid
+        elif tag == XattrRecord.TAG:
+            _, _, length = XATTR.unpack_from(rec, _PAYLOAD)
+            at = _PAYLOAD + XATTR.size
+            self._xattrs.setdefault(ino, {})[rec[at : at + length]] = oid
+        elif tag == SealRecord.TAG:
+            self._seals[ino] = oid
+        elif tag == TreeExtentRecord.TAG:
+            self._trees[ino] = (*self._trees.get(ino, ()), oid)
+
+    # inodes
+
+    def get(self, ino: int) -> Inode:
+        """Return an inode.
+
+        Raises:
+            NotFound: there is none of that number.
+        """
+        inode = self._inodes.get(ino)
+        if inode is None:
+            rec = self.pool.objects.get(ino)
+            if rec is None or rec[4] != InodeRecord.TAG or rec[7]:
+                raise NotFound(f"there is no inode {ino}")
+            inode = Inode.decode(rec)
+            if ino in self._maps or ino in self._extents:
+                inode.blocks = self.map_of(ino).allocated >> 9
+            if len(self._inodes) >= _MOST_CACHED:
+                self.forget_inodes()
+            self._inodes[ino] = inode
+        return inode
+
+    def file(self, ino: int) -> Inode:
+        """Return the inode of a regular file.
+
+        Raises:
+            NotFound, IsADirectory, Invalid: it is something else.
+        """
+        inode = self.get(ino)
+        if not inode.is_file:
+            if inode.is_directory:
+                raise IsADirectory(f"inode {ino} is a directory")
+            raise Invalid(f"inode {ino} is not a regular file")
+        return inode
+
+    def unsealed(self, ino: int) -> Inode:
+        """Return the inode of a regular file whose content may change.
+
+        Raises:
+            Sealed: it may not.
+        """
+        inode = self.file(ino)
+        if inode.sealed:
+            raise Sealed(f"inode {ino} is sealed: its content can't change any more")
+        return inode
+
+    def directory(self, ino: int) -> Inode:
+        """Return the inode of a directory.
+
+        Raises:
+            NotFound, NotADirectory: it is none.
+        """
+        inode = self.get(ino)
+        if not inode.is_directory:
+            raise NotADirectory(f"inode {ino} is not a directory")
+        return inode
+
+    def change(self) -> Change:
+        """Return a transaction for a ``with`` statement."""
+        return Change(self)
+
+    def put(self, tx: Transaction, inode: Inode) -> None:
+        """Store an inode as part of a transaction."""
+        tx.put(inode.ino, InodeRecord.TAG, inode.encode())
+
+    def forget_inodes(self) -> None:
+        """Drop what is decoded; it is decoded again from the pool's objects when asked for."""
+        self._inodes.clear()
+        if len(self._maps) >= _MOST_CACHED:
+            for ino, map_ in self._maps.items():
+                if map_.pieces:
+                    self._extents[ino] = tuple(piece.oid for piece in map_.pieces)
+            self._maps.clear()
+
+    def map_of(self, ino: int) -> FileMap:
+        """Return where a file's bytes lie."""
+        map_ = self._maps.get(ino)
+        if map_ is None:
+            objects = self.pool.objects
+            oids = self._extents.pop(ino, ())
+            fields = ((EXTENT.unpack_from(objects[oid], _PAYLOAD), oid) for oid in oids)
+            pieces = sorted(Piece(o, start, length, oid) for (_, o, start, length), oid in fields)
+            map_ = self._maps[ino] = FileMap(pieces)
+        return map_
+
+    def touch_atime(self, inode: Inode) -> None:
+        """Note a read, as relatime does: when the last one is a day or a change old.
+
+        Crash: the old or the new time.
+        """
+        now = time.time_ns()
+        atime = inode.atime_ns
+        if (
+            atime <= inode.mtime_ns or atime <= inode.ctime_ns or now - atime >= _DAY_NS
+        ) and self.pool.writable:
+            with self.change() as tx:
+                inode.atime_ns = now
+                self.put(tx, inode)
+
+    # who uses what
+
+    def use(self, ino: int) -> Use:
+        """Return who uses an inode."""
+        return self._uses.get(ino) or Use()
+
+    def hold(self, ino: int, *, cached_writer: bool = False) -> None:
+        """Keep an inode even when its last name goes: an open handle, or a kernel reference."""
+        use = self._uses.get(ino)
+        if use is None:
+            use = self._uses[ino] = Use()
+        use.holds += 1
+        use.cached_writers += cached_writer
+
+    def drop(self, ino: int, *, cached_writer: bool = False, count: int = 1) -> None:
+        """End ``count`` holds; the last one ends an inode that has no name.
+
+        Crash: an inode without a name ends when the pool is opened next.
+        """
+        use = self._uses.get(ino)
+        if use is None or use.holds < count:
+            raise Invalid(f"inode {ino} is not held so often")
+        use.holds -= count
+        use.cached_writers -= cached_writer
+        self._unused(ino, use)
+
+    def pin(self, ino: int, offset: int, length: int, *, writable: bool) -> int:
+        """Keep a range's extents where they are, for a lease; return the pin's number."""
+        self.file(ino)
+        pin = Pin(ino, offset, offset + length, writable=writable)
+        number = self._next_pin
+        self._next_pin += 1
+        self._pins[number] = pin
+        self._uses.setdefault(ino, Use()).pins[number] = pin
+        return number
+
+    def unpin(self, number: int) -> None:
+        """End a pin; the last one ends an inode that has no name.
+
+        Crash: an inode without a name ends when the pool is opened next.
+        """
+        pin = self._pins.pop(number)
+        use = self._uses[pin.ino]
+        del use.pins[number]
+        self._unused(pin.ino, use)
+
+    def is_pinned(self, ino: int, offset: int, end: int) -> bool:
+        """Tell whether a lease covers part of the range."""
+        use = self._uses.get(ino)
+        return use is not None and any(
+            pin.offset < end and offset < pin.end for pin in use.pins.values()
+        )
+
+    def _unused(self, ino: int, use: Use) -> None:
+        if not use.holds and not use.pins:
+            del self._uses[ino]
+            if ino in self.pool.objects and self.get(ino).nlink == 0 and self.pool.writable:
+                self.end_inode(ino)
+
+    def end_inode(self, ino: int) -> None:
+        """End an inode that has no name and no user, and all that belongs to it.
+
+        Crash: the inode is an orphan still, perhaps with fewer extents, and ends at the next open.
+        """
+        objects = self.pool.objects
+        oids = [piece.oid for piece in self.map_of(ino).pieces]
+        oids += self._trees.get(ino, ())
+        oids += self._xattrs.get(ino, {}).values()
+        oids += (index[ino] for index in (self._symlinks, self._seals) if ino in index)
+        oids.append(ino)
+        for at in range(0, len(oids), BATCH_PIECES):
+            with self.change() as tx:
+                for oid in oids[at : at + BATCH_PIECES]:
+                    rec = objects.get(oid, b"")
+                    if not rec:
+                        continue
+                    if rec[4] in SPACE:
+                        tx.release(*EXTENT.unpack_from(rec, _PAYLOAD)[2:])
+                    tx.end(oid)
+        self._maps.pop(ino, None)
+        for index in (self._trees, self._xattrs, self._symlinks, self._seals):
+            index.pop(ino, None)
+        self._inodes.pop(ino, None)
+        self._names.pop(ino, None)
+        self._parents.pop(ino, None)
+        self.inode_count -= 1
