@@ -184,12 +184,6 @@ _CODES: Final[dict[Any, str]] = {
     c_uint64: "Q",
     c_int64: "q",
 }
-    c_uint8: "B",
-    c_uint16: "H",
-    c_uint32: "I",
-    c_uint64: "Q",
-    c_int64: "q",
-}
 
 
 def packer(layout: type[Structure]) -> struct.Struct:
