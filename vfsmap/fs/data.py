@@ -6,7 +6,8 @@ never changes its bytes, and growing it is one transaction, whatever a crash doe
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from vfsmap.errors import Busy, Exists, Invalid, NoSpace, TooBig
@@ -207,6 +208,24 @@ class Data(State):
         if use.cached_writers or use.writable_pins:
             raise Busy(f"inode {ino} is open for writing: close it, then seal it")
         return inode
+
+    @contextmanager
+    def frozen(self, ino: int) -> Iterator[Inode]:
+        """Keep a file that is about to be sealed from changing, while its digest is computed.
+
+        Raises:
+            Exists, Busy: it can't be sealed now.
+        """
+        inode = self.require_sealable(ino)
+        if ino in self._frozen:
+            raise Busy(f"inode {ino} is being sealed")
+        self._frozen.add(ino)
+        self.hold(ino)
+        try:
+            yield inode
+        finally:
+            self._frozen.discard(ino)
+            self.drop(ino)
 
     def seal(self, ino: int, descriptor: bytes, tree: Iterable[bytes]) -> None:
         """Fix a file's content for ever.

@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import Final
 
-from vfsmap.errors import Invalid, IsADirectory, NotADirectory, NotAPool, NotFound, Sealed
+from vfsmap.errors import Busy, Invalid, IsADirectory, NotADirectory, NotAPool, NotFound, Sealed
 from vfsmap.fs.filemap import FileMap, Piece
 from vfsmap.fs.inode import ROOT, Inode
 from vfsmap.pool import Pool, Transaction
@@ -116,6 +116,7 @@ class State:
         self._uses: dict[int, Use] = {}
         self._pins: dict[int, Pin] = {}
         self._next_pin = 1
+        self._frozen: set[int] = set()
         self.inode_count = 0
         self._orphans: list[int] = []
         self._index()
@@ -202,6 +203,8 @@ class State:
         inode = self.file(ino)
         if inode.sealed:
             raise Sealed(f"inode {ino} is sealed: its content can't change any more")
+        if ino in self._frozen:
+            raise Busy(f"inode {ino} is being sealed")
         return inode
 
     def directory(self, ino: int) -> Inode:
