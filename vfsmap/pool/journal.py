@@ -55,6 +55,11 @@ class Journal:
         """Tell whether transactions wait in memory for a group commit."""
         return self.pmem.medium.commit is CommitKind.SYNC
 
+    @property
+    def pending(self) -> bool:
+        """Tell whether transactions wait for a group commit."""
+        return bool(self._pending)
+
     def replay(self) -> None:
         """Read the log.
 

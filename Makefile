@@ -1,0 +1,49 @@
+# What people and CI call; everything runs in a virtual environment of the project's own.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-vm lint types wheel bench clean
+
+help: ## Tell what the targets do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what is needed: Debian packages (as root or with sudo), then Python packages
+	tools/setup.sh $(VENV)
+
+$(BIN)/vfsmap:
+	@echo "vfsmap is not installed yet; run: make setup" >&2; exit 1
+
+demo: $(BIN)/vfsmap ## Format, mount, copy, map, kill and compare: the main job in under a minute
+	$(BIN)/vfsmap demo
+
+test: $(BIN)/vfsmap ## Run the tests
+	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m "not slow and not vm"
+
+test-slow: $(BIN)/vfsmap ## Run the long tests as well
+	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m "not vm"
+
+test-vm: $(BIN)/vfsmap ## Boot real kernels on files of a mounted pool
+	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m vm
+
+lint: $(BIN)/vfsmap ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/vfsmap ## Check types
+	$(BIN)/mypy
+
+wheel: $(BIN)/vfsmap ## Build the wheel and check what it holds
+	rm -rf dist
+	$(BIN)/python -m build --wheel --installer pip
+	$(BIN)/check-wheel-contents dist/*.whl
+
+bench: $(BIN)/vfsmap ## Measure against peers in the same run
+	$(BIN)/python -m vfsmap_tools.bench
+
+clean: ## Remove what was built
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

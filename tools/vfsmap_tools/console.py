@@ -1,0 +1,140 @@
+"""How commands speak: sizes and levels as arguments, tables or JSON as output, errors as one line."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from vfsmap.errors import Invalid, VfsmapError
+from vfsmap.units import Level, format_size, parse_level, parse_size
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class SizeType(click.ParamType):
+    """A size such as ``8G``."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the bytes that a text names."""
+        try:
+            return parse_size(value)
+        except Invalid as exc:
+            self.fail(str(exc), param, ctx)
+
+
+class LevelType(click.ParamType):
+    """A level of the page table, by its size: ``4K``, ``2M``, ``1G``."""
+
+    name = "level"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Level:
+        """Return the level that a text names."""
+        if isinstance(value, Level):
+            return value
+        try:
+            return parse_level(value)
+        except Invalid as exc:
+            self.fail(str(exc), param, ctx)
+
+
+SIZE = SizeType()
+LEVEL = LevelType()
+
+
+def json_option(command: Callable[P, R]) -> Callable[P, R]:
+    """Give a command the option ``--json``, as its argument ``as_json``."""
+    option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+    return option(command)
+
+
+def complain(error: VfsmapError | OSError | str) -> None:
+    """Print what was wrong, in one line, where errors go."""
+    print(f"vfsmap: {error}", file=sys.stderr)
+
+
+def errors_exit(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors into one line and an exit code; the one place where they become that."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except VfsmapError as exc:
+            complain(exc)
+            sys.exit(exc.exit_code)
+        except BrokenPipeError:
+            sys.exit(1)
+        except OSError as exc:
+            where = f"{exc.filename}: " if exc.filename else ""
+            complain(f"{where}{exc.strerror or exc}")
+            sys.exit(1)
+
+    return wrapped
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_facts(facts: Mapping[str, object], *, as_json: bool) -> None:
+    """Print names and values, as two columns or as JSON."""
+    if as_json:
+        print_json(facts)
+        return
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):<{width}}  {value}")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; numbers to the right."""
+    table = Table(box=None, pad_edge=False)
+    rows = [list(row) for row in rows]
+    for at, column in enumerate(columns):
+        numbers = all(isinstance(row[at], int) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(highlight=False).print(table)
+
+
+def page_sizes_text(page_sizes: Mapping[int, int]) -> str:
+    """Return page sizes and the bytes mapped by each as people read them."""
+    parts = [f"{format_size(total)} in {format_size(size)}" for size, total in page_sizes.items() if total]
+    return ", ".join(parts) or "nothing"
+
+
+def progress(*, hidden: bool = False) -> Progress:
+    """Return a progress bar in bytes, on the terminal's error stream."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=hidden or not console.is_terminal,
+        transient=True,
+    )

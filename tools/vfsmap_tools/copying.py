@@ -1,0 +1,137 @@
+"""The command ``cp``: real files into a pool, with hints and seals."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from rich.progress import Progress, TaskID
+
+from vfsmap.errors import Exists, Invalid, NotFound
+from vfsmap.units import Level, format_size
+from vfsmap_tools.console import LEVEL, errors_exit, progress
+
+PATH = click.Path(path_type=Path)
+ALIGN_XATTR = "user.vfsmap.align"
+SEAL_XATTR = "user.vfsmap.seal"
+_PIECE = 1 << 20
+_NOT_COPIED = (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA)
+
+
+@click.command("cp")
+@click.argument("sources", type=PATH, nargs=-1, required=True, metavar="SRC...")
+@click.argument("destination", type=PATH, metavar="DST")
+@click.option("--align", type=LEVEL, help="Lay files out in units of 2M or 1G, whatever their size.")
+@click.option("--seal", is_flag=True, help="Seal each file when it is there.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
+@errors_exit
+def cp(
+    sources: tuple[Path, ...], destination: Path, align: Level | None, seal: bool, quiet: bool
+) -> None:
+    """Copy files and directories, with modes, times, links and extended attributes.
+
+    Works as cp -a does; DST must be a directory when there are several sources.
+    """
+    for source in sources:
+        if not os.path.lexists(source):
+            raise NotFound(f"{source} does not exist")
+    inside = destination.is_dir()
+    if len(sources) > 1 and not inside:
+        raise Invalid(f"{destination} must be a directory to take {len(sources)} sources")
+    pairs = [(s, destination / s.name if inside else destination) for s in sources]
+    with progress(hidden=quiet) as bar:
+        copier = Copier(bar, align, seal=seal)
+        copier.total(sum(size for source, _ in pairs for size in _sizes(source)))
+        for source, target in pairs:
+            copier.copy(source, target)
+
+
+def _sizes(source: Path) -> Iterator[int]:
+    status = source.lstat()
+    if stat.S_ISREG(status.st_mode):
+        yield status.st_size
+    elif stat.S_ISDIR(status.st_mode):
+        for entry in source.iterdir():
+            yield from _sizes(entry)
+
+
+class Copier:
+    """Copies trees; remembers hard links."""
+
+    def __init__(self, bar: Progress, align: Level | None, *, seal: bool) -> None:
+        self._bar = bar
+        self._task: TaskID = bar.add_task("copying", total=None)
+        self._align = align
+        self._seal = seal
+        self._linked: dict[tuple[int, int], Path] = {}
+
+    def total(self, size: int) -> None:
+        """Say how many bytes there are to copy."""
+        self._bar.update(self._task, total=size)
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy one file of any kind, or a tree.
+
+        Raises:
+            Exists: a file of another kind has the target's name.
+            OSError: as the file systems say.
+        """
+        status = source.lstat()
+        mode = status.st_mode
+        first = self._linked.get((status.st_dev, status.st_ino))
+        if first is not None:
+            target.unlink(missing_ok=True)
+            target.hardlink_to(first)
+            return
+        if stat.S_ISDIR(mode):
+            target.mkdir(exist_ok=True)
+            for entry in sorted(source.iterdir()):
+                self.copy(entry, target / entry.name)
+        else:
+            if target.is_dir() and not target.is_symlink():
+                raise Exists(f"{target} is a directory")
+            target.unlink(missing_ok=True)
+            self._copy_leaf(source, target, status)
+            if status.st_nlink > 1:
+                self._linked[status.st_dev, status.st_ino] = target
+        self._copy_attributes(source, target, status)
+        if self._seal and stat.S_ISREG(mode):
+            os.setxattr(target, SEAL_XATTR, b"1")
+
+    def _copy_leaf(self, source: Path, target: Path, status: os.stat_result) -> None:
+        mode = status.st_mode
+        if stat.S_ISREG(mode):
+            self._copy_bytes(source, target)
+        elif stat.S_ISLNK(mode):
+            target.symlink_to(source.readlink())
+        else:
+            os.mknod(target, mode, status.st_rdev)
+
+    def _copy_bytes(self, source: Path, target: Path) -> None:
+        with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+            if self._align is not None:
+                hint = format_size(self._align.size).encode()
+                os.setxattr(writer.fileno(), ALIGN_XATTR, hint)
+            buffer = memoryview(bytearray(_PIECE))
+            while got := reader.readinto(buffer):
+                done = 0
+                while done < got:
+                    done += writer.write(buffer[done:got]) or 0
+                self._bar.advance(self._task, got)
+
+    def _copy_attributes(self, source: Path, target: Path, status: os.stat_result) -> None:
+        if os.geteuid() == 0:
+            os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+        for name in os.listxattr(source, follow_symlinks=False):
+            try:
+                value = os.getxattr(source, name, follow_symlinks=False)
+                os.setxattr(target, name, value, follow_symlinks=False)
+            except OSError as exc:
+                if exc.errno not in _NOT_COPIED:
+                    raise
+        if not stat.S_ISLNK(status.st_mode):
+            target.chmod(stat.S_IMODE(status.st_mode))
+        times = (status.st_atime_ns, status.st_mtime_ns)
+        os.utime(target, ns=times, follow_symlinks=False)

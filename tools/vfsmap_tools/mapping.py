@@ -1,0 +1,64 @@
+"""The command ``map``: a file's extents, and the page sizes that the kernel maps it with."""
+
+import sys
+from pathlib import Path
+
+import click
+
+import vfsmap
+from vfsmap.units import Level, format_size
+from vfsmap_tools.console import (
+    LEVEL,
+    SIZE,
+    errors_exit,
+    json_option,
+    page_sizes_text,
+    print_json,
+    print_table,
+)
+
+
+@click.command("map")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--write", is_flag=True, help="Map for writing.")
+@click.option("--level", type=LEVEL, help="The smallest entries to accept: 4K, 2M or 1G.")
+@click.option("--populate", is_flag=True, help="Touch every page first, so that all are mapped.")
+@click.option("--offset", type=SIZE, default=0, help="Where to begin in the file.")
+@click.option("--length", type=SIZE, help="How many bytes to map; the rest of the file if not given.")
+@json_option
+@errors_exit
+def map_command(
+    file: Path,
+    write: bool,
+    level: Level | None,
+    populate: bool,
+    offset: int,
+    length: int | None,
+    as_json: bool,
+) -> None:
+    """Map a file and tell how: its extents, and page sizes as the kernel sees them."""
+    with vfsmap.map(
+        file, writable=write, offset=offset, length=length, level=level, populate=populate
+    ) as window:
+        extents = [extent._asdict() for extent in window.extents]
+        sizes = window.page_sizes()
+        if as_json:
+            print_json(
+                {
+                    "file": str(file),
+                    "offset": offset,
+                    "length": window.length,
+                    "direct": window.direct,
+                    "extents": extents,
+                    "page_sizes": {str(size): total for size, total in sizes.items()},
+                }
+            )
+            return
+        kind = "the pool itself" if window.direct else "the kernel's page cache"
+        print(f"{file}: {format_size(window.length)} of {kind}, {page_sizes_text(sizes)} pages")
+        if not populate and not sum(sizes.values()):
+            print("nothing is mapped before it is touched; see --populate", file=sys.stderr)
+        print_table(
+            ("file offset", "pool offset", "length"),
+            ([f"{e['offset']:#x}", f"{e['start']:#x}", format_size(e["length"])] for e in extents),
+        )

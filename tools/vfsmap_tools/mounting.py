@@ -1,0 +1,223 @@
+"""Commands that serve a pool: ``mount``, ``umount``, ``serve``."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from fcntl import LOCK_SH, flock
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vfsmap.errors import Busy, Invalid, NotFound, VfsmapError
+from vfsmap_tools.console import complain, errors_exit
+from vfsmap_tools.mounts import find_mount
+
+PATH = click.Path(path_type=Path)
+_PATIENCE = 60
+"""Seconds to wait for a server to write everything back and end."""
+
+
+def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option("--socket", type=PATH, help="Where the mapping daemon listens."),
+            click.option("--group", help="A group whose members get direct mappings, too."),
+            click.option(
+                "--promise",
+                type=click.Choice(["process", "power"]),
+                help="Refuse a medium that keeps less.",
+            ),
+            click.option("--log", type=PATH, help="Append messages to this file."),
+            click.option("--verbose", "-v", is_flag=True, help="Say more in the log."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("mount")
+@click.argument("pool", type=PATH)
+@click.argument("directory", type=PATH)
+@click.option("-o", "options", multiple=True, metavar="OPTS", help="Mount options, comma separated.")
+@click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground.")
+@click.option("--ready-fd", type=int, hidden=True)
+@_server_options
+@errors_exit
+def mount(
+    pool: Path, directory: Path, options: tuple[str, ...], foreground: bool, **server: Any
+) -> None:
+    """Mount a pool on a directory and start its mapping daemon.
+
+    Returns when the mount answers.  The server writes everything back and unmounts on SIGTERM and
+    SIGINT; a mount whose server has crashed goes away by itself.
+
+    \b
+    Options for -o:
+      ro               read-only
+      allow_other      let other users in (needs user_allow_other in /etc/fuse.conf, or root)
+      writeback        let the kernel delay writes: faster, but a write is in the pool, and in
+                       every window, only after fsync
+      nobusypoll       do not poll for requests: less CPU, fewer requests a second
+      noatime          do not record when files are read
+    """
+    if foreground:
+        _serve(pool, directory, options, **server)
+        return
+    _require_mountable(pool, directory)
+    server.pop("ready_fd")
+    arguments = ["mount", str(pool.absolute()), str(directory.absolute()), "--foreground"]
+    for option in options:
+        arguments += ["-o", option]
+    _start(arguments, **server)
+
+
+@click.command("serve")
+@click.argument("pool", type=PATH)
+@click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground.")
+@click.option("--ready-fd", type=int, hidden=True)
+@_server_options
+@errors_exit
+def serve(pool: Path, foreground: bool, **server: Any) -> None:
+    """Run the mapping daemon of a pool without mounting it.
+
+    Clients name files by their paths inside the pool; only root and the daemon's own user may.
+    """
+    if foreground:
+        _serve(pool, None, (), **server)
+        return
+    server.pop("ready_fd")
+    _start(["serve", str(pool.absolute()), "--foreground"], **server)
+
+
+@click.command("umount")
+@click.argument("directory", type=PATH)
+@errors_exit
+def umount(directory: Path) -> None:
+    """Unmount a pool; returns when its server has written everything back and ended."""
+    mounted = find_mount(directory)
+    if mounted is None:
+        raise Invalid(f"no pool is mounted on {directory}")
+    unmount(directory)
+    wait_until_free(mounted.pool)
+
+
+def unmount(directory: Path) -> None:
+    """Unmount a directory, as root or as the user who mounted it.
+
+    Raises:
+        Busy: files on it are in use.
+    """
+    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    result = subprocess.run([*command, str(directory)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()
+        raise Busy(f"can't unmount {directory}: {reason[-1] if reason else 'no reason given'}")
+
+
+def wait_until_free(pool: Path, patience: int = _PATIENCE) -> None:
+    """Return when no server has the pool open for writing.
+
+    Raises:
+        Busy: one has, still, after so many seconds.
+    """
+
+    def give_up(*_: object) -> None:
+        raise Busy(f"the server of {pool} has not ended within {patience} seconds")
+
+    old = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(patience)
+    try:
+        with pool.open("rb") as file:
+            flock(file, LOCK_SH)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def _require_mountable(pool: Path, directory: Path) -> None:
+    if not pool.exists():
+        raise NotFound(f"{pool} does not exist; make it with: vfsmap format {pool} --size 8G")
+    if find_mount(directory):
+        raise Busy(f"a pool is mounted on {directory} already; unmount it: vfsmap umount {directory}")
+    if not directory.is_dir():
+        raise NotFound(f"{directory} is not a directory; make it with: mkdir {directory}")
+
+
+def _start(arguments: list[str], **server: Any) -> None:
+    """Start a server in the background, and return when it answers.
+
+    The server writes one line into a pipe: nothing but a newline when it is ready, else its error.
+    """
+    for name, value in server.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value:
+            arguments += [f"--{name}", str(value.absolute() if isinstance(value, Path) else value)]
+    reader, writer = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "vfsmap_tools.cli", *arguments, "--ready-fd", str(writer)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writer],
+        start_new_session=True,
+        cwd="/",
+    ) as process:
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            line = pipe.readline()
+        if line == "\n":
+            process.returncode = 0  # it runs on; nobody waits for it
+            return
+        status = process.wait()
+    answer = json.loads(line) if line else {"error": f"the server ended with status {status}"}
+    complain(answer["error"])
+    sys.exit(answer.get("exit_code", 1))
+
+
+def _serve(
+    pool: Path, directory: Path | None, options: tuple[str, ...], ready_fd: int | None, **server: Any
+) -> None:
+    # here, not above: the doors are heavy, and the other commands do without them
+    from vfsmap_fuse.mount import MountOptions
+    from vfsmap_tools.server import ServerOptions, run_server
+
+    _log_to(server["log"], verbose=server["verbose"])
+    told = False
+
+    def tell(line: str) -> None:
+        nonlocal told
+        if ready_fd is not None and not told:
+            os.write(ready_fd, line.encode() + b"\n")
+            os.close(ready_fd)
+        told = True
+
+    try:
+        words = [word for option in options for word in option.split(",") if word]
+        chosen = ServerOptions(
+            socket=server["socket"],
+            group=server["group"],
+            promise=server["promise"],
+            read_only="ro" in words,
+            mount=MountOptions.parse(words),
+        )
+        run_server(pool, directory, chosen, ready=lambda: tell(""))
+    except VfsmapError as exc:
+        tell(json.dumps({"error": str(exc), "exit_code": exc.exit_code}))
+        raise
+    except BaseException as exc:
+        tell(json.dumps({"error": f"{type(exc).__name__}: {exc}"}))
+        raise
+
+
+def _log_to(path: Path | None, *, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        filename=path,
+    )

@@ -1,0 +1,113 @@
+"""The composition root: opens a pool once and runs both doors over it in one nursery."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from vfsmap.daemon.service import serve_mapping
+from vfsmap.errors import Invalid
+from vfsmap.fs import FileSystem
+from vfsmap.pmem.procmaps import mapped_ranges
+from vfsmap.pool import Pool
+from vfsmap_fuse.mount import MountOptions, mounted
+from vfsmap_tools.committer import Committer
+from vfsmap_tools.sealer import seal_file
+
+log = logging.getLogger("vfsmap")
+_TRIM_INTERVAL = 1.0
+
+
+@dataclass
+class ServerOptions:
+    """What a server is asked for."""
+
+    socket: Path | None = None
+    """Where the mapping daemon listens; None: beside other servers' sockets, by the pool's uuid."""
+    group: str | None = None
+    """A group whose members are trusted with direct mappings."""
+    promise: str | None = None
+    read_only: bool = False
+    mount: MountOptions = field(default_factory=MountOptions)
+
+
+def default_socket(pool: Pool) -> Path:
+    """Return where the daemon of a pool listens: under /run for root, else the user's runtime dir."""
+    if os.geteuid() == 0:
+        base = Path("/run/vfsmap")
+    else:
+        base = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/vfsmap-{os.geteuid()}") / "vfsmap"
+    base.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+    if base.stat().st_uid != os.geteuid():
+        raise Invalid(f"{base} belongs to somebody else; name a socket with --socket")
+    return base / f"{pool.uuid}.socket"
+
+
+def run_server(
+    path: Path, mountpoint: Path | None, options: ServerOptions, ready: Callable[[], None]
+) -> None:
+    """Serve a pool until SIGTERM, SIGINT or its unmounting; ``ready`` is called when it answers.
+
+    Raises:
+        VfsmapError: the pool can't be opened, or the mount or the socket can't be made.
+    """
+    trio.run(_serve, path, mountpoint, options, ready)
+
+
+async def _serve(
+    path: Path, mountpoint: Path | None, options: ServerOptions, ready: Callable[[], None]
+) -> None:
+    pool = Pool.open(path, "r" if options.read_only else "w", promise=options.promise)
+    if pool.failed:
+        log.error("%s is damaged and can only be read: %s", path, pool.failed)
+    async with AsyncExitStack() as stack:
+        fs = stack.enter_context(FileSystem(pool))
+        if pool.writable:
+            fs.withhold(mapped_ranges(pool.pmem))
+            fs.end_orphans()
+        socket = options.socket or default_socket(pool)
+        committer = Committer(pool)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        nursery.start_soon(committer.run)
+        nursery.start_soon(_trim, fs)
+        nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+        seal = partial(seal_file, fs, committer.sync)
+        serve = partial(
+            serve_mapping, fs, socket_path=socket, group=options.group, sync=committer.sync, seal=seal
+        )
+        if mountpoint is None:
+            await nursery.start(serve)
+            ready()
+            await trio.sleep_forever()
+        async with mounted(
+            fs, mountpoint, options.mount, socket=socket, sync=committer.sync, seal=seal
+        ) as mount:
+            await nursery.start(partial(serve, mount_device=mount.device))
+            ready()
+            await mount.wait_unmounted()
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+async def _trim(fs: FileSystem) -> None:
+    """Give freed units back to the file system below, a slice at a time."""
+    while True:
+        await trio.sleep(_TRIM_INTERVAL)
+        while fs.pool.writable and fs.pool.space.trim():
+            await trio.lowlevel.checkpoint()
+
+
+Sync = Callable[[], Awaitable[None]]
