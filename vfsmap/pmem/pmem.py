@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 from vfsmap.errors import (
     Denied,
+    Exists,
     Invalid,
     MediumError,
     NoSpace,
@@ -100,7 +101,8 @@ class Pmem:
         """Create a file of ``size`` bytes, or take a DAX device or an existing file over.
 
         Raises:
-            Invalid: the file exists, and ``replace`` is not given; or the size does not suit.
+            Exists: the file exists, and ``replace`` is not given.
+            Invalid: the size does not suit the medium.
             PoolInUse: another process has it open for writing.
             NoSpace: the file system below can't hold a file of that size.
 
@@ -110,6 +112,8 @@ class Pmem:
         device = path.is_char_device()
         flags = os.O_RDWR if device else os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
         existed = path.exists()
+        if existed and not device and not replace:
+            raise Exists(f"{path} exists; to destroy what it holds, use --force (replace=True)")
         fd = _open(path, flags)
         try:
             _lock(fd, path)

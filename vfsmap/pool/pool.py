@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Self, TypeVar
 
-from vfsmap.errors import Invalid, NotFound, PoolDamaged, Unsupported, VfsmapError
+from vfsmap.errors import Invalid, NotAPool, NotFound, PoolDamaged, Unsupported, VfsmapError
 from vfsmap.pmem import Pmem, Promise
 from vfsmap.pool import superblock
 from vfsmap.pool.journal import Commit, Journal
@@ -68,7 +68,10 @@ class Pool:
 
     def _load(self) -> None:
         while True:
-            sb, self.complaints = superblock.load(self.pmem.view)
+            try:
+                sb, self.complaints = superblock.load(self.pmem.view)
+            except (NotAPool, PoolDamaged) as exc:
+                raise type(exc)(f"{self.path}: {exc}") from exc
             self.journal = Journal(self.pmem, sb)
             try:
                 self.journal.replay()
@@ -111,7 +114,8 @@ class Pool:
             promise: what the medium must keep, ``process`` or ``power``.
 
         Raises:
-            Invalid: the file exists, the size is too small or does not suit the medium.
+            Exists: the file exists, and ``replace`` is not given.
+            Invalid: the size is too small or does not suit the medium.
             NoSpace: the file system below has no room.
             PoolInUse: another process has the file open as a pool.
             Unsupported: the medium does not keep the promise that is demanded.
