@@ -30,9 +30,7 @@ class SizeType(click.ParamType):
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the bytes that a text names."""
         try:
             return parse_size(value)
@@ -121,7 +119,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 def page_sizes_text(page_sizes: Mapping[int, int]) -> str:
     """Return page sizes and the bytes mapped by each as people read them."""
-    parts = [f"{format_size(total)} in {format_size(size)}" for size, total in page_sizes.items() if total]
+    parts = [
+        f"{format_size(total)} in {format_size(size)}"
+        for size, total in page_sizes.items()
+        if total
+    ]
     return ", ".join(parts) or "nothing"
 
 

@@ -23,7 +23,9 @@ _NOT_COPIED = (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA)
 @click.command("cp")
 @click.argument("sources", type=PATH, nargs=-1, required=True, metavar="SRC...")
 @click.argument("destination", type=PATH, metavar="DST")
-@click.option("--align", type=LEVEL, help="Lay files out in units of 2M or 1G, whatever their size.")
+@click.option(
+    "--align", type=LEVEL, help="Lay files out in units of 2M or 1G, whatever their size."
+)
 @click.option("--seal", is_flag=True, help="Seal each file when it is there.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar.")
 @errors_exit

@@ -24,7 +24,9 @@ from vfsmap_tools.console import (
 @click.option("--level", type=LEVEL, help="The smallest entries to accept: 4K, 2M or 1G.")
 @click.option("--populate", is_flag=True, help="Touch every page first, so that all are mapped.")
 @click.option("--offset", type=SIZE, default=0, help="Where to begin in the file.")
-@click.option("--length", type=SIZE, help="How many bytes to map; the rest of the file if not given.")
+@click.option(
+    "--length", type=SIZE, help="How many bytes to map; the rest of the file if not given."
+)
 @json_option
 @errors_exit
 def map_command(

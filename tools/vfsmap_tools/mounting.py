@@ -43,7 +43,9 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("mount")
 @click.argument("pool", type=PATH)
 @click.argument("directory", type=PATH)
-@click.option("-o", "options", multiple=True, metavar="OPTS", help="Mount options, comma separated.")
+@click.option(
+    "-o", "options", multiple=True, metavar="OPTS", help="Mount options, comma separated."
+)
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground.")
 @click.option("--ready-fd", type=int, hidden=True)
 @_server_options
@@ -143,7 +145,9 @@ def _require_mountable(pool: Path, directory: Path) -> None:
     if not pool.exists():
         raise NotFound(f"{pool} does not exist; make it with: vfsmap format {pool} --size 8G")
     if find_mount(directory):
-        raise Busy(f"a pool is mounted on {directory} already; unmount it: vfsmap umount {directory}")
+        raise Busy(
+            f"a pool is mounted on {directory} already; unmount it: vfsmap umount {directory}"
+        )
     if not directory.is_dir():
         raise NotFound(f"{directory} is not a directory; make it with: mkdir {directory}")
 
@@ -181,7 +185,11 @@ def _start(arguments: list[str], **server: Any) -> None:
 
 
 def _serve(
-    pool: Path, directory: Path | None, options: tuple[str, ...], ready_fd: int | None, **server: Any
+    pool: Path,
+    directory: Path | None,
+    options: tuple[str, ...],
+    ready_fd: int | None,
+    **server: Any,
 ) -> None:
     # here, not above: the doors are heavy, and the other commands do without them
     from vfsmap_fuse.mount import MountOptions

@@ -20,7 +20,9 @@ POOL = click.Path(path_type=Path)
 @click.option("--size", type=SIZE, required=True, help="Size of the pool, for example 8G.")
 @click.option("--align", type=LEVEL, default=PMD, help="Unit for large files: 2M (default) or 1G.")
 @click.option("--label", default="", help="A name for the pool, up to 63 bytes.")
-@click.option("--promise", type=click.Choice(["process", "power"]), help="Refuse a medium that keeps less.")
+@click.option(
+    "--promise", type=click.Choice(["process", "power"]), help="Refuse a medium that keeps less."
+)
 @click.option("--force", is_flag=True, help="Destroy what the file holds.")
 @errors_exit
 def format_command(

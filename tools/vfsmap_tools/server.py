@@ -81,7 +81,12 @@ async def _serve(
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         seal = partial(seal_file, fs, committer.sync)
         serve = partial(
-            serve_mapping, fs, socket_path=socket, group=options.group, sync=committer.sync, seal=seal
+            serve_mapping,
+            fs,
+            socket_path=socket,
+            group=options.group,
+            sync=committer.sync,
+            seal=seal,
         )
         if mountpoint is None:
             await nursery.start(serve)
