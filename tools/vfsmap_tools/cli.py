@@ -17,6 +17,8 @@ _COMMANDS = {
     "umount": "mounting",
     "serve": "mounting",
     "cp": "copying",
+    "export": "archiving",
+    "import": "archiving",
     "map": "mapping",
     "explain": "explain",
     "seal": "sealing",

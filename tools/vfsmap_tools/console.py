@@ -25,7 +25,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class SizeType(click.ParamType):
+class SizeType(click.ParamType[int]):
     """A size such as ``8G``."""
 
     name = "size"
@@ -38,7 +38,7 @@ class SizeType(click.ParamType):
             self.fail(str(exc), param, ctx)
 
 
-class LevelType(click.ParamType):
+class LevelType(click.ParamType[Level]):
     """A level of the page table, by its size: ``4K``, ``2M``, ``1G``."""
 
     name = "level"

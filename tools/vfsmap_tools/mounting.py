@@ -193,6 +193,7 @@ def _serve(
 ) -> None:
     # here, not above: the doors are heavy, and the other commands do without them
     from vfsmap_fuse.mount import MountOptions
+
     from vfsmap_tools.server import ServerOptions, run_server
 
     _log_to(server["log"], verbose=server["verbose"])

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import trio
-
 from vfsmap.daemon.service import serve_mapping
+from vfsmap.pmem.procmaps import mapped_ranges
+from vfsmap_fuse.mount import MountOptions, mounted
+
 from vfsmap.errors import Invalid
 from vfsmap.fs import FileSystem
-from vfsmap.pmem.procmaps import mapped_ranges
 from vfsmap.pool import Pool
-from vfsmap_fuse.mount import MountOptions, mounted
 from vfsmap_tools.committer import Committer
 from vfsmap_tools.sealer import seal_file
 
@@ -39,7 +38,7 @@ class ServerOptions:
 
 
 def default_socket(pool: Pool) -> Path:
-    """Return where the daemon of a pool listens: under /run for root, else the user's runtime dir."""
+    """Return where a pool's daemon listens: under /run for root, else in the user's place."""
     if os.geteuid() == 0:
         base = Path("/run/vfsmap")
     else:
