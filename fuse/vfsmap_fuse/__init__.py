@@ -1,0 +1,1 @@
+"""The pool as a mounted file system: request handlers, virtual attributes, the mount itself."""

@@ -1,0 +1,185 @@
+"""Waiting for the kernel's requests awake: a stand-in for ``trio`` in pyfuse3's namespace.
+
+pyfuse3 looks ``trio`` up in its own module whenever it waits (its asyncio support replaces the
+name there).  Two things cost it most of a small request's time: each wait passes through trio's
+scheduler several times, and the server falls asleep between two requests of a busy client.  The
+stand-in's lock does not pass through the scheduler while nobody waits for it, and its
+``wait_readable`` polls the session's descriptor for some 40 us before it goes to sleep.
+
+A wait that polls also watches the descriptor that trio itself sleeps on, and gives way at once
+when another task's I/O is ready, and every millisecond in any case.  It polls only while requests
+come thick and fast: after one long pause the next wait sleeps at once, so an idle mount costs
+nothing.
+"""
+
+import os
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pyfuse3
+import trio
+
+SPIN_NS: Final = 40_000
+"""How long a wait stays awake.  Longer gained nothing: a busy client is back in 5 to 30 us."""
+BUSY_NS: Final = 100_000
+"""A pause shorter than this, falling asleep and waking up included, promises another short one."""
+TURN_NS: Final = 1_000_000
+"""How long the other tasks of the loop wait at most while requests keep coming."""
+
+
+class _Turnstile:
+    """A lock that costs no trip through the scheduler while it is free.
+
+    Whoever comes first gets it, so a worker that never blocks keeps it; one waiter at a time is
+    called, and finds out when it runs whether the lock is still free.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._called = False  # true from the moment a waiter is called until it runs
+        self._waiters = trio.lowlevel.ParkingLot()
+
+    async def __aenter__(self) -> None:
+        while self._held:
+            await self._waiters.park()
+            self._called = False
+        self._held = True
+
+    async def __aexit__(self, *_: object) -> None:
+        self._held = False
+        if self._waiters and not self._called:
+            self._called = True
+            self._waiters.unpark()
+
+
+class _Watch:
+    """Waits until one descriptor is readable, first awake, then asleep."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._epoll = select.epoll()
+        self._epoll.register(fd, select.EPOLLIN)
+        self._others_watched = False
+        self._busy = False
+        self._closing = False
+        self._turn = 0  # when the other tasks last had their turn
+
+    def close(self) -> None:
+        """End the wait that is under way, and every later one."""
+        self._closing = True
+        trio.lowlevel.notify_closing(self._fd)
+
+    def forget(self) -> None:
+        """Give the watch's own descriptor back."""
+        self._epoll.close()
+
+    async def readable(self) -> None:
+        """Return when the descriptor is readable.
+
+        Raises:
+            trio.ClosedResourceError: :meth:`close` was called.
+        """
+        start = time.monotonic_ns()
+        if start - self._turn > TURN_NS:
+            await self._give_way()
+        if self._busy and await self._spin(start + SPIN_NS):
+            return
+        if not self._closing:
+            await self._sleep()
+        if self._closing:
+            raise trio.ClosedResourceError
+        self._turn = time.monotonic_ns()
+        self._busy = self._turn - start < BUSY_NS
+
+    async def _spin(self, until: int) -> bool:
+        poll, clock = self._epoll.poll, time.monotonic_ns
+        mine = [(self._fd, select.EPOLLIN)]
+        while not self._closing:
+            ready = poll(0, 2)
+            if ready == mine:
+                return True
+            if ready:
+                await self._give_way()
+            elif clock() > until:
+                break
+        return False
+
+    async def _give_way(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._turn = time.monotonic_ns()
+
+    async def _sleep(self) -> None:
+        if not self._others_watched and self._busy:
+            self._watch_others()
+        await trio.lowlevel.wait_readable(self._fd)
+
+    def _watch_others(self) -> None:
+        # trio does not tell which descriptor it sleeps on, but the kernel does: it watches ours
+        wanted, own = f"tfd: {self._fd:8d}", self._epoll.fileno()
+        for name in os.listdir("/proc/self/fdinfo"):
+            try:
+                info = Path("/proc/self/fdinfo", name).read_text()
+            except OSError:
+                continue  # the descriptor of the listing itself is closed by now
+            if wanted in info and int(name) != own:
+                self._epoll.register(int(name), select.EPOLLIN)
+        self._others_watched = True
+
+
+class _Lowlevel:
+    """Stands in for ``trio.lowlevel``."""
+
+    def __init__(self) -> None:
+        self._watches: dict[int, _Watch] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio.lowlevel, name)
+
+    async def wait_readable(self, fd: int) -> None:
+        watch = self._watches.get(fd)
+        if watch is None:
+            watch = self._watches[fd] = _Watch(fd)
+        await watch.readable()
+
+    def notify_closing(self, fd: int) -> None:
+        if fd in self._watches:
+            self._watches[fd].close()
+
+    def forget(self) -> None:
+        for watch in self._watches.values():
+            watch.forget()
+
+
+class _Stand:
+    """Stands in for ``trio``."""
+
+    Lock = _Turnstile
+
+    def __init__(self) -> None:
+        self.lowlevel = _Lowlevel()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio, name)
+
+
+@contextmanager
+def busy_polling() -> Iterator[None]:
+    """Make pyfuse3 wait awake for as long as the block lasts.
+
+    A machine with one core is left alone: there the client needs the core that polling would take.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        yield
+        return
+    stand = _Stand()
+    namespace = vars(pyfuse3)
+    namespace["trio"] = stand
+    try:
+        yield
+    finally:
+        namespace["trio"] = trio
+        stand.lowlevel.forget()
