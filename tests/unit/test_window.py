@@ -212,7 +212,7 @@ def test_a_sealed_window_cannot_be_unmapped_remapped_or_unprotected(
 
 
 def test_a_writable_window_cannot_be_sealed(pool: int, medium: Medium) -> None:
-    with pytest.raises(Invalid, match="only a read-only window"):
+    with pytest.raises(Invalid, match="only a shared, read-only window"):
         Window(pool, [Extent(0, 0, PAGE)], PAGE, medium, writable=True, sealed=True)
 
 

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from vfsmap.errors import Invalid, Unsupported
-from vfsmap.units import LEVELS, PTE, Extent, Level, align_down, align_up, format_size
+from vfsmap.pmem.medium import Medium
+from vfsmap.units import LEVELS, PMD, PTE, Extent, Level, align_down, align_up, format_size
 
 
 class Call(NamedTuple):
@@ -38,6 +39,15 @@ class Layout(NamedTuple):
     """The largest level that can map any of it."""
     residue: int
     """The base is this modulo the level's size."""
+
+
+def levels_of(medium: Medium) -> tuple[Level, ...]:
+    """Return the levels whose entries can map the medium, smallest first."""
+    if medium.page_size == PTE.size:
+        return PTE, PMD
+    shift = medium.page_size.bit_length() - 1
+    name = next((v.name for v in LEVELS if v.shift == shift), format_size(medium.page_size))
+    return (Level(name, shift),)
 
 
 def merge(extents: Iterable[Extent]) -> Iterator[Extent]:

@@ -17,27 +17,17 @@ from vfsmap.errors import (
     Unsupported,
     VfsmapError,
 )
-from vfsmap.mapping.layout import Call, Layout, arrange
+from vfsmap.mapping.layout import Layout, arrange, levels_of
+from vfsmap.mapping.plan import Plan, Reason, why
 from vfsmap.pmem import libc, pages
 from vfsmap.pmem.medium import MAP_SHARED_VALIDATE, MAP_SYNC, Commit, Medium
 from vfsmap.pmem.pmem import libpmem
-from vfsmap.units import LEVELS, PMD, PTE, Extent, Level, align_down, format_size
+from vfsmap.units import PTE, Extent, Level, align_down, format_size
 
 if TYPE_CHECKING:
     import numpy
 
 _MAX_MAP_COUNT: Final = Path("/proc/sys/vm/max_map_count")
-
-
-def levels_of(medium: Medium) -> tuple[Level, ...]:
-    """Return the levels whose entries can map the medium."""
-    match medium.name:
-        case "hugetlbfs":
-            return (Level(format_size(medium.page_size), medium.page_size.bit_length() - 1),)
-        case "tmpfs" | "page cache":
-            return PTE, PMD
-        case _:
-            return tuple(level for level in LEVELS if level.size >= medium.page_size)
 
 
 class Window:
@@ -63,6 +53,9 @@ class Window:
         *,
         offset: int = 0,
         writable: bool = False,
+        private: bool = False,
+        level: Level | None = None,
+        limit: Level | None = None,
         populate: bool = False,
         sealed: bool = False,
         direct: bool = True,
@@ -70,24 +63,30 @@ class Window:
     ) -> None:
         """Map ``length`` bytes of the file from ``offset`` on.
 
-        ``populate`` maps each page now; ``sealed`` makes a read-only window final until the
-        process ends; ``on_close`` is called once, after the range is unmapped.
+        ``private`` keeps stores from the file, ``level`` is the smallest entry the caller accepts
+        and ``limit`` the largest, ``populate`` maps each page now, ``sealed`` makes a read-only
+        window final until the process ends, and ``on_close`` is called once, after the range is
+        unmapped.
 
         Raises:
             Invalid: a negative offset, a writable window that is sealed or has holes.
-            Unsupported: the medium or the kernel can't do it.
+            Unsupported: the medium or the kernel can't do it, or not at that level.
             TooManyMappings: the process has reached vm.max_map_count.
             NoMemory: no free huge pages, or no addresses.
             Denied: the descriptor does not allow it.
         """
-        if sealed and writable:
-            raise Invalid("only a read-only window can be sealed")
+        if sealed and (writable or private):
+            raise Invalid("only a shared, read-only window can be sealed")
         self.length = length
         self.medium = medium
         self.writable = writable
+        self.private = private
+        self.limit = limit
         self.sealed = sealed
         self.direct = direct
         self.closed = True  # until it is whole
+        self._exported: weakref.ref[Any] | None = None
+        self._on_close = on_close
         self.layout = EMPTY
         if length != 0:
             self.layout = arrange(
@@ -95,20 +94,27 @@ class Window:
                 offset,
                 length,
                 page_size=medium.page_size,
-                levels=levels_of(medium),
-                holes=not writable,
+                levels=_allowed(medium, limit),
+                holes=private or not writable,
             )
-        self._exported: weakref.ref[Any] | None = None
+        certain = medium.name != "page cache"
+        if level is not None and certain:
+            self.plan().require(level)
         self._base = _reserve(self.layout) if length else 0
         try:
-            self._fill(fd, populate)
+            self._fill(fd)
+            if populate or (level is not None and not certain):
+                self._populate()
+                self._require(level)
             if sealed and length:
                 self._seal()
         except OSError as exc:
             error = self._translated(exc)  # counts mappings, so it comes before they go
             self._unmap()
             raise error from exc
-        self._on_close = on_close
+        except VfsmapError:
+            self._unmap()
+            raise
         self.closed = False
 
     @property
@@ -157,6 +163,10 @@ class Window:
             raise Invalid(f"{count} items of {kind.itemsize} bytes exceed {self.length} bytes")
         return numpy.frombuffer(self.view(), kind, count).reshape(shape)
 
+    def plan(self) -> Plan:
+        """Return what its page table should be, by the medium's policy."""
+        return Plan(self.layout, self.medium, private=self.private, limit=self.limit)
+
     def page_sizes(self) -> dict[int, int]:
         """Return the bytes mapped by entries of each size, as the kernel sees them now.
 
@@ -175,8 +185,9 @@ class Window:
         Crash: each cache line (on a page-cache medium: each page) is old or new.
         """
         self._require_open()
-        if not self.writable:
-            raise Invalid("the window is read-only: there is nothing to persist")
+        if not self.writable or self.private:
+            kind = "private" if self.private else "read-only"
+            raise Invalid(f"the window is {kind}: there is nothing to persist")
         if offset < 0 or length < 0 or offset + length > self.length:
             raise Invalid(f"{length} bytes at {offset} exceed the window's {self.length} bytes")
         if length == 0 or self.medium.commit is Commit.STORE:
@@ -230,24 +241,49 @@ class Window:
         if self.closed:
             raise Invalid("the window is closed")
 
-    def _fill(self, fd: int, populate: bool) -> None:
+    def _fill(self, fd: int) -> None:
+        protection = libc.PROT_READ | (libc.PROT_WRITE if self.writable else 0)
         for call in self.layout.calls:
-            self._map(fd, call)
-        if populate and self.layout.length:
-            # storing to each page would make all of a page-cache file dirty
-            store = self.writable and self.medium.commit is not Commit.SYNC
+            address = self._base + call.at
+            if call.start is None:
+                flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+                libc.mmap(address, call.length, protection, flags | libc.MAP_FIXED)
+                continue
+            flags = self._flags() | libc.MAP_FIXED
+            libc.mmap(address, call.length, protection, flags, fd, call.start)
+            self._advise(address, call.length)
+
+    def _flags(self) -> int:
+        if self.private:
+            # without stores no copies, so huge pages need not be set aside for them
+            return libc.MAP_PRIVATE | (0 if self.writable else libc.MAP_NORESERVE)
+        return MAP_SHARED_VALIDATE | MAP_SYNC if self.medium.name == "dax" else libc.MAP_SHARED
+
+    def _advise(self, address: int, length: int) -> None:
+        if self.limit == PTE and self.medium.page_size == PTE.size:
+            libc.madvise(address, length, libc.MADV_NOHUGEPAGE)
+        elif self.medium.name == "page cache":
+            # ext4 and xfs then read whole units into the cache; refused by a kernel without THP
+            libc.try_madvise(address, length, libc.MADV_HUGEPAGE)
+
+    def _populate(self) -> None:
+        if self.layout.length:
+            # storing to each page would make all of a page-cache file dirty, or copy it all
+            keep = self.private or self.medium.commit is Commit.SYNC
+            store = self.writable and not keep
             advice = libc.MADV_POPULATE_WRITE if store else libc.MADV_POPULATE_READ
             libc.madvise(*self.mapped, advice)
 
-    def _map(self, fd: int, call: Call) -> None:
-        protection = libc.PROT_READ | (libc.PROT_WRITE if self.writable else 0)
-        flags = libc.MAP_FIXED
-        if call.start is None:
-            flags |= libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
-            libc.mmap(self._base + call.at, call.length, libc.PROT_READ, flags)
+    def _require(self, level: Level | None) -> None:
+        """Check what the kernel made of it, once each page is mapped."""
+        if level is None:
             return
-        flags |= MAP_SHARED_VALIDATE | MAP_SYNC if self.medium.name == "dax" else libc.MAP_SHARED
-        libc.mmap(self._base + call.at, call.length, protection, flags, fd, call.start)
+        found = pages.page_sizes(*self.mapped)
+        small = sum(size for entry, size in found.items() if entry < level.size)
+        if small:
+            cached = self.medium.name == "page cache"
+            cause = why(Reason.CACHE if cached else Reason.SPLIT, self.medium)
+            raise Unsupported(f"{format_size(small)} are not mapped by {level}: {cause}")
 
     def _seal(self) -> None:
         try:
@@ -265,7 +301,7 @@ class Window:
         what = f"can't map {format_size(self.layout.length)}"
         match exc.errno:
             case errno.ENOMEM:
-                return _out_of_memory(what, len(self.layout.calls), self.medium)
+                return out_of_memory(what, len(self.layout.calls), self.medium)
             case errno.EACCES | errno.EPERM:
                 return Denied(f"{what}: the descriptor does not allow it ({exc.strerror})")
             case errno.ENODEV | errno.EOPNOTSUPP | errno.EINVAL:
@@ -277,6 +313,16 @@ class Window:
 EMPTY: Final = Layout((), 0, 0, PTE, 0)
 
 
+def _allowed(medium: Medium, limit: Level | None) -> tuple[Level, ...]:
+    levels = levels_of(medium)
+    allowed = tuple(v for v in levels if limit is None or v.size <= limit.size)
+    if not allowed:
+        raise Unsupported(
+            f"{medium.name} maps whole pages of {format_size(medium.page_size)}, none of {limit}"
+        )
+    return allowed
+
+
 def _reserve(layout: Layout) -> int:
     """Take addresses of the layout's length and alignment out of use; return the first."""
     align = layout.level.size
@@ -284,7 +330,7 @@ def _reserve(layout: Layout) -> int:
     try:
         found = libc.mmap(0, layout.length + align, libc.PROT_NONE, flags)
     except OSError as exc:
-        raise _out_of_memory(f"can't reserve {format_size(layout.length)}", 1, None) from exc
+        raise out_of_memory(f"can't reserve {format_size(layout.length)}", 1, None) from exc
     base = found + (layout.residue - found) % align
     end = base + layout.length
     if base > found:
@@ -294,7 +340,7 @@ def _reserve(layout: Layout) -> int:
     return base
 
 
-def _out_of_memory(what: str, calls: int, medium: Medium | None) -> NoMemory:
+def out_of_memory(what: str, calls: int, medium: Medium | None) -> NoMemory:
     """Tell which of the three things the kernel calls ENOMEM it was."""
     limit = int(_MAX_MAP_COUNT.read_text())
     with Path("/proc/self/maps").open() as lines:
@@ -306,5 +352,8 @@ def _out_of_memory(what: str, calls: int, medium: Medium | None) -> NoMemory:
         )
     if medium and medium.name == "hugetlbfs":
         size = format_size(medium.page_size)
-        return NoMemory(f"{what}: too few free huge pages of {size}; raise nr_hugepages")
+        return NoMemory(
+            f"{what}: too few free huge pages of {size}, of which plain stores to a private window "
+            "need as many again; raise nr_hugepages"
+        )
     return NoMemory(f"{what}: no memory or addresses; look at ulimit -v and vm.overcommit_memory")

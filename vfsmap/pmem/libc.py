@@ -173,13 +173,18 @@ def madvise(address: int, length: int, advice: int) -> None:
     _require_zero(_libc.madvise(address, length, advice))
 
 
-def try_collapse(address: int, length: int) -> bool:
-    """Ask for huge pages behind a range; tell whether the kernel made them all."""
+def try_madvise(address: int, length: int, advice: int) -> bool:
+    """Advise the kernel about a range; tell whether it took the advice."""
     try:
-        madvise(address, length, MADV_COLLAPSE)
+        madvise(address, length, advice)
     except OSError:
         return False
     return True
+
+
+def try_collapse(address: int, length: int) -> bool:
+    """Ask for huge pages behind a range; tell whether the kernel made them all."""
+    return try_madvise(address, length, MADV_COLLAPSE)
 
 
 def msync(address: int, length: int) -> None:
