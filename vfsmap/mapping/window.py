@@ -77,6 +77,7 @@ class Window:
         """
         if sealed and (writable or private):
             raise Invalid("only a shared, read-only window can be sealed")
+        self.extents = tuple(extents)
         self.length = length
         self.medium = medium
         self.writable = writable
@@ -90,7 +91,7 @@ class Window:
         self.layout = EMPTY
         if length != 0:
             self.layout = arrange(
-                extents,
+                self.extents,
                 offset,
                 length,
                 page_size=medium.page_size,
