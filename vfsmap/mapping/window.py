@@ -60,13 +60,14 @@ class Window:
         sealed: bool = False,
         direct: bool = True,
         on_close: Callable[[], None] | None = None,
+        on_publish: Callable[[], None] | None = None,
     ) -> None:
         """Map ``length`` bytes of the file from ``offset`` on.
 
         ``private`` keeps stores from the file, ``level`` is the smallest entry the caller accepts
         and ``limit`` the largest, ``populate`` maps each page now, ``sealed`` makes a read-only
-        window final until the process ends, and ``on_close`` is called once, after the range is
-        unmapped.
+        window final until the process ends; ``on_close`` is called once, after the range is unmapped, and
+        ``on_publish`` makes the mount forget what it has cached.
 
         Raises:
             Invalid: a negative offset, a writable window that is sealed or has holes.
@@ -88,6 +89,7 @@ class Window:
         self.closed = True  # until it is whole
         self._exported: weakref.ref[Any] | None = None
         self._on_close = on_close
+        self._on_publish = on_publish
         self.layout = EMPTY
         if length != 0:
             self.layout = arrange(
@@ -204,6 +206,20 @@ class Window:
             libc.msync(start, address + length - start)
         except OSError as exc:
             raise MediumError(f"can't write the window back: {exc.strerror}") from exc
+
+    def publish(self) -> None:
+        """Persist the whole window, and have the mount show it to those who opened the file before.
+
+        Raises:
+            Invalid: the window is read-only.
+            MediumError: the medium could not be written.
+            DaemonUnreachable: the daemon that granted the window has gone away.
+
+        Crash: as :meth:`persist`.
+        """
+        self.persist(0, self.length)
+        if self._on_publish is not None:
+            self._on_publish()
 
     def close(self) -> None:
         """Unmap the window; a sealed one stays mapped, and its lease lasts, until the process ends.
