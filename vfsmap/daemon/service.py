@@ -116,6 +116,7 @@ class Service:
         self._watchers: set[trio.MemorySendChannel[dict[str, Any]]] = set()
         self._connections: dict[int, int] = {}
         self._rescan_wanted = trio.Event()
+        fs.end_stale_pins = lambda: self._end_unmapped(scan(fs.pool.pmem))
         # descriptions of our own: one that shared the lock would keep it when we are gone
         self._readable = os.open(f"/proc/self/fd/{fs.pool.pmem.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._writable = -1
@@ -157,7 +158,7 @@ class Service:
             connection.close()
         leases = self._grants.leases.held_by(connection.holder)
         if leases:
-            await self._end(connection, leases)
+            self._end(connection, leases)
             await connection.process_ended()
             self._rescan_wanted.set()
 
@@ -300,8 +301,7 @@ class Service:
     async def _release(
         self, connection: Connection, _: Message, wanted: LeaseParameters
     ) -> dict[str, Any]:
-        lease = self._grants.leases.get(wanted.lease, connection.holder)
-        await self._end(connection, [lease])
+        self._end(connection, [self._grants.leases.get(wanted.lease, connection.holder)])
         return {}
 
     async def _publish(
@@ -426,15 +426,14 @@ class Service:
 
     # the end of leases
 
-    async def _end(self, connection: Connection, leases: list[Lease]) -> None:
+    def _end(self, connection: Connection, leases: list[Lease]) -> None:
+        """Take leases from their holder; they end when a scan, soon, says that nobody maps them."""
         for lease in leases:
             lease.orphaned = True
-        await self._end_unmapped()
-        for lease in leases:
             self._event("ended", connection, lease)
+        self._rescan_wanted.set()
 
-    async def _end_unmapped(self) -> None:
-        found = await trio.to_thread.run_sync(scan, self._fs.pool.pmem)
+    def _end_unmapped(self, found: Scan) -> None:
         self._grants.end_unmapped(found)
         if self._fs.withheld:
             self._fs.release_withheld([(m.start, m.length) for m in found.ranges])
@@ -446,7 +445,7 @@ class Service:
                 await self._rescan_wanted.wait()
             self._rescan_wanted = trio.Event()
             if self._grants.leases.orphans() or self._fs.withheld:
-                await self._end_unmapped()
+                self._end_unmapped(await trio.to_thread.run_sync(scan, self._fs.pool.pmem))
 
 
 Handler = Callable[..., Awaitable[dict[str, Any]]]

@@ -104,7 +104,7 @@ class Data(State):
         inode = self.unsealed(ino)
         if not 0 <= size <= MAX_SIZE:
             raise TooBig(f"a file can't have {size} bytes")
-        if size < inode.size and self.is_pinned(ino, size, inode.size):
+        if size < inode.size and self.is_leased(ino, size, inode.size):
             raise Busy(f"inode {ino} is mapped: it can't be cut before the lease ends")
         self.pool.require_writable()
         map_ = self.map_of(ino)
@@ -367,7 +367,7 @@ class Data(State):
         """Give one unit of the file a unit of the pool, moving what it has there already."""
         end = unit + level.size
         old = list(edit.overlapping(unit, min(end, max(inode.size, unit))))
-        if old and self.is_pinned(inode.ino, unit, end):
+        if old and self.is_leased(inode.ino, unit, end):
             raise Busy(f"inode {inode.ino} is mapped: its bytes can't move before the lease ends")
         goal = _behind(edit, unit)
         start, _ = tx.take(level.size, level, goal=goal)

@@ -6,6 +6,7 @@ it is first asked for.  When a change fails, what it touched is forgotten and de
 
 import stat
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
@@ -117,6 +118,8 @@ class State:
         self._pins: dict[int, Pin] = {}
         self._next_pin = 1
         self._frozen: set[int] = set()
+        self.end_stale_pins: Callable[[], None] = lambda: None
+        """Set by whoever pins: unpins, right now, what is pinned for nobody any more."""
         self.inode_count = 0
         self._orphans: list[int] = []
         self._index()
@@ -305,6 +308,13 @@ class State:
         use = self._uses[pin.ino]
         del use.pins[number]
         self._unused(pin.ino, use)
+
+    def is_leased(self, ino: int, offset: int, end: int) -> bool:
+        """Tell whether a lease covers part of the range, after asking whether it has ended."""
+        if not self.is_pinned(ino, offset, end):
+            return False
+        self.end_stale_pins()
+        return self.is_pinned(ino, offset, end)
 
     def is_pinned(self, ino: int, offset: int, end: int) -> bool:
         """Tell whether a lease covers part of the range."""

@@ -66,8 +66,8 @@ class Window:
 
         ``private`` keeps stores from the file, ``level`` is the smallest entry the caller accepts
         and ``limit`` the largest, ``populate`` maps each page now, ``sealed`` makes a read-only
-        window final until the process ends; ``on_close`` is called once, after the range is unmapped, and
-        ``on_publish`` makes the mount forget what it has cached.
+        window final until the process ends; ``on_close`` is called once, after the range is
+        unmapped, and ``on_publish`` makes the mount forget what it has cached.
 
         Raises:
             Invalid: a negative offset, a writable window that is sealed or has holes.

@@ -50,7 +50,7 @@ def scan(pmem: Pmem) -> Scan:
             continue
         pid = int(name)
         try:
-            maps = (_PROC / name / "maps").read_bytes()
+            maps = _read(f"/proc/{name}/maps")
         except PermissionError:
             unreadable.add(pid)
             continue
@@ -69,9 +69,20 @@ def mapped_ranges(pmem: Pmem) -> list[tuple[int, int]]:
     return [(mapped.start, mapped.length) for mapped in scan(pmem).ranges]
 
 
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = []
+        while piece := os.read(fd, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(fd)
+
+
 def _identity(address: int) -> bytes | None:
     """Return device and inode as the kernel prints them for the mapping at an address."""
-    for match in _LINE.finditer(Path("/proc/self/maps").read_bytes()):
+    for match in _LINE.finditer(_read("/proc/self/maps")):
         if int(match[1], 16) <= address < int(match[2], 16):
             return match[5]
     return None
