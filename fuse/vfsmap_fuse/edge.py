@@ -1,0 +1,72 @@
+"""The one place where an error becomes an errno for the kernel.
+
+A handler is written as a plain method of something that has a ``fs``; the decorators here make it
+what pyfuse3 calls.  A VfsmapError is answered with its errno.  Anything else is a bug of ours: it
+is logged with its traceback and answered with EIO, and the pool turns read-only, since nobody knows
+what the bug has left behind; the mount lives on.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import wraps
+from typing import Any, Protocol, TypeVar, TypeVarTuple
+
+from pyfuse3 import FUSEError
+
+from vfsmap.errors import MediumError, ReadOnly, VfsmapError
+from vfsmap.fs import FileSystem
+
+log = logging.getLogger("vfsmap.fuse")
+
+
+class HasFs(Protocol):
+    """What a handler belongs to."""
+
+    fs: FileSystem
+
+
+S = TypeVar("S", bound=HasFs)
+Ts = TypeVarTuple("Ts")
+R = TypeVar("R")
+
+
+def answered(
+    handler: Callable[[S, *Ts], R],
+) -> Callable[[S, *Ts], Coroutine[Any, Any, R]]:
+    """Make a method that never waits a request handler."""
+
+    @wraps(handler)
+    async def answer(self: S, *args: *Ts) -> R:
+        try:
+            return handler(self, *args)
+        except Exception as exc:
+            raise _answer(self.fs, handler.__name__, exc) from exc
+
+    return answer
+
+
+def answered_later(
+    handler: Callable[[S, *Ts], Awaitable[R]],
+) -> Callable[[S, *Ts], Coroutine[Any, Any, R]]:
+    """Make a method that may wait a request handler."""
+
+    @wraps(handler)
+    async def answer(self: S, *args: *Ts) -> R:
+        try:
+            return await handler(self, *args)
+        except Exception as exc:
+            raise _answer(self.fs, handler.__name__, exc) from exc
+
+    return answer
+
+
+def _answer(fs: FileSystem, name: str, exc: Exception) -> FUSEError:
+    if isinstance(exc, FUSEError):
+        return exc
+    if isinstance(exc, VfsmapError):
+        if isinstance(exc, MediumError):
+            log.error("%s: %s", name, exc)
+        return FUSEError(exc.errno)
+    log.error("%s failed on a bug of vfsmap; the mount is read-only now", name, exc_info=exc)
+    fs.pool.fail(ReadOnly(f"{name} failed on a bug of vfsmap: {exc!r}; the log says more"))
+    return FUSEError(MediumError.errno)

@@ -1,0 +1,201 @@
+"""The mount itself: made, served, and taken away again whatever happens."""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import pyfuse3
+import trio
+
+from vfsmap.errors import Busy, Denied, Invalid, Unsupported
+from vfsmap.fs import FileSystem
+from vfsmap.pmem.libc import syncfs
+from vfsmap.units import KIB, MIB
+from vfsmap_fuse.operations import Operations, Sync
+from vfsmap_fuse.poll import busy_polling
+from vfsmap_fuse.xattr import Seal
+
+log = logging.getLogger("vfsmap.fuse")
+READ_AHEAD: Final = 4 * MIB
+_PATIENCE: Final = 30
+"""Seconds that a mount may take to answer, or to write back what the kernel still keeps."""
+_KERNEL_OPTIONS: Final = frozenset(
+    ("dev", "nodev", "suid", "nosuid", "exec", "noexec", "atime", "noatime", "sync", "dirsync")
+)
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """How a pool is mounted."""
+
+    read_only: bool = False
+    allow_other: bool = False
+    """Let other users in; root always does, as with any file system that root mounts."""
+    writeback: bool = False
+    """Let the kernel keep writes for a while: they are in the pool only after fsync."""
+    busy_poll: bool = True
+    """Wait for requests awake while they come thick and fast."""
+    kernel: frozenset[str] = frozenset()
+    """Options that the kernel understands by itself."""
+
+    @classmethod
+    def parse(cls, words: Iterable[str]) -> Self:
+        """Return the options that the words behind -o name.
+
+        Raises:
+            Invalid: there is no such option.
+        """
+        given = set(words) - {"rw", "defaults"}
+        known = {"ro", "allow_other", "writeback", "nobusypoll", *_KERNEL_OPTIONS}
+        if unknown := sorted(given - known):
+            raise Invalid(
+                f"there is no mount option {unknown[0]!r}; use {', '.join(sorted(known))}"
+            )
+        return cls(
+            read_only="ro" in given,
+            allow_other="allow_other" in given,
+            writeback="writeback" in given,
+            busy_poll="nobusypoll" not in given,
+            kernel=frozenset(given & _KERNEL_OPTIONS),
+        )
+
+    def words(self, pool: Path) -> set[str]:
+        """Return the options as libfuse takes them."""
+        # libfuse cuts its options at commas
+        source = str(pool).replace("\\", "\\\\").replace(",", "\\,")
+        words = {"default_permissions", "auto_unmount", f"fsname={source}", "subtype=vfsmap"}
+        if self.read_only:
+            words.add("ro")
+        if self.allow_other or os.geteuid() == 0:
+            words.add("allow_other")
+        return words | self.kernel
+
+    def rights(self) -> set[str]:
+        """Return what root's mount allows and fusermount3, which auto_unmount needs, does not."""
+        if os.geteuid():
+            return set()
+        return {word for word in ("dev", "suid") if f"no{word}" not in self.kernel}
+
+
+class Mount:
+    """A mounted file system that answers."""
+
+    def __init__(self, mountpoint: Path) -> None:
+        self.mountpoint = mountpoint
+        self.device = 0
+        """The device number that stat(2) tells of files on it."""
+        self._unmounted = trio.Event()
+
+    async def wait_unmounted(self) -> None:
+        """Return when the mount is gone, whoever unmounted it."""
+        await self._unmounted.wait()
+
+    async def run(self) -> None:
+        """Answer requests until the mount is gone or :func:`pyfuse3.terminate` is called."""
+        # requests end by themselves, never by cancellation: a client waits for each of them
+        with trio.CancelScope(shield=True):
+            await pyfuse3.main()
+        self._unmounted.set()
+
+    async def settle(self, rights: set[str]) -> None:
+        """Wait until the mount answers; raise its rights and its read-ahead where permitted."""
+        with trio.fail_after(_PATIENCE):
+            status = await trio.to_thread.run_sync(os.stat, self.mountpoint)
+        self.device = status.st_dev
+        if rights:
+            words = ",".join(("remount", "bind", *sorted(rights)))
+            await trio.run_process(["mount", "-o", words, str(self.mountpoint)])
+        read_ahead = Path(f"/sys/class/bdi/{os.major(self.device)}:{os.minor(self.device)}")
+        try:
+            (read_ahead / "read_ahead_kb").write_text(str(READ_AHEAD // KIB))
+        except OSError as exc:
+            log.debug("read-ahead stays at the kernel's default: %s", exc)
+
+    async def stop(self) -> None:
+        """Have the kernel write back what it keeps, and end :meth:`run`."""
+        if self._unmounted.is_set():
+            return
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _PATIENCE):
+            try:
+                await trio.to_thread.run_sync(_write_back, self.mountpoint, abandon_on_cancel=True)
+            except OSError as exc:
+                log.warning("%s was not written back: %s", self.mountpoint, exc)
+        pyfuse3.terminate()
+        with trio.CancelScope(shield=True):
+            await self._unmounted.wait()
+
+
+@asynccontextmanager
+async def mounted(
+    fs: FileSystem,
+    mountpoint: Path,
+    options: MountOptions,
+    *,
+    sync: Sync,
+    seal: Seal,
+    socket: Path | None = None,
+) -> AsyncIterator[Mount]:
+    """Mount a file system for as long as the block lasts; it answers when the block begins.
+
+    Args:
+        fs: what to mount; from now on it belongs to this loop's thread.
+        mountpoint: a directory.
+        options: how.
+        sync: makes everything done so far durable, without keeping the loop waiting.
+        seal: seals a file, without keeping the loop waiting.
+        socket: where the mapping daemon listens, for those who ask a file of the mount.
+
+    Raises:
+        Unsupported: there is no FUSE here.
+        Denied: this user may not mount there.
+        Busy: the mount failed, or did not answer.
+    """
+    operations = Operations(fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback)
+    _init(operations, mountpoint, options.words(fs.pool.path.absolute()))
+    fs.invalidators.append(_invalidate)
+    try:
+        with busy_polling() if options.busy_poll else nullcontext():
+            async with trio.open_nursery() as nursery:
+                mount = Mount(mountpoint)
+                nursery.start_soon(mount.run)
+                try:
+                    await mount.settle(options.rights())
+                    yield mount
+                finally:
+                    await mount.stop()
+    finally:
+        fs.invalidators.remove(_invalidate)
+        pyfuse3.close()
+        operations.forget_all()
+
+
+def _init(operations: Operations, mountpoint: Path, words: set[str]) -> None:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise Unsupported(
+            "/dev/fuse is missing or closed to this user; load the module: modprobe fuse"
+        )
+    if os.geteuid() and mountpoint.stat().st_uid != os.geteuid():
+        raise Denied(f"{mountpoint} belongs to somebody else; mount on a directory of your own")
+    try:
+        pyfuse3.init(operations, str(mountpoint), words)
+    except RuntimeError as exc:
+        # libfuse, or fusermount3, has said why on stderr
+        raise Busy(f"can't mount on {mountpoint}: {exc}") from exc
+
+
+def _invalidate(ino: int) -> None:
+    """Drop what the kernel caches of a file; blocks while it writes back what is dirty."""
+    with suppress(FileNotFoundError):  # the kernel does not know the inode
+        pyfuse3.invalidate_inode(ino)
+
+
+def _write_back(mountpoint: Path) -> None:
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        syncfs(fd)  # pyfuse3's own keeps the interpreter's lock, and so the handlers from running
+    finally:
+        os.close(fd)

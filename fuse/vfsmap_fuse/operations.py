@@ -1,0 +1,376 @@
+"""What the kernel asks for, answered from the file system: one handler for each request.
+
+Handlers are thin: the kernel checks permissions (``default_permissions``), the file system does the
+work, :mod:`vfsmap_fuse.edge` turns errors into errnos.  Metadata is touched only by handlers that
+never wait, so each of them is atomic.
+
+Who keeps an inode whose last name is gone?  The kernel, while it knows the inode: it counts what it
+was told (``_known``) and forgets it again.  The file system is told to hold such an inode when its
+name goes, not at every lookup.
+"""
+
+import itertools
+import logging
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Final
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields, StatvfsData
+
+from vfsmap.errors import NotFound, Sealed, VfsmapError
+from vfsmap.fs import RENAME_EXCHANGE, FileSystem, Inode
+from vfsmap.fs.data import without_suid
+from vfsmap_fuse.attributes import changes_of, entry_of, is_privileged, no_entry, statvfs_of
+from vfsmap_fuse.edge import answered, answered_later
+from vfsmap_fuse.xattr import Seal, VirtualXattrs, require_namespace
+
+log = logging.getLogger("vfsmap.fuse")
+_DOT, _DOTDOT = 1, 2  # the cookies of "." and ".."; the file system's own are larger
+_UNCACHED: Final = os.O_DIRECT | os.O_DSYNC
+Sync = Callable[[], Awaitable[None]]
+
+
+class Handle:
+    """An open file."""
+
+    __slots__ = ("by_root", "cached_writer", "ino")
+
+    def __init__(self, ino: int, *, cached_writer: bool, by_root: bool) -> None:
+        self.ino = ino
+        self.cached_writer = cached_writer
+        self.by_root = by_root
+
+
+class Listing:
+    """An open directory: its entries as they were when the listing began."""
+
+    __slots__ = ("entries", "ino")
+
+    def __init__(self, ino: int) -> None:
+        self.ino = ino
+        self.entries: list[tuple[int, bytes, int]] | None = None
+
+
+class Operations(pyfuse3.Operations):
+    """The request handlers of one mount."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        *,
+        sync: Sync,
+        seal: Seal,
+        socket: Path | None = None,
+        writeback: bool = False,
+    ) -> None:
+        self.fs = fs
+        self.enable_writeback_cache = writeback
+        self._sync = sync
+        self._virtual = VirtualXattrs(fs, seal, socket)
+        self._numbers = itertools.count(1)
+        self._files: dict[int, Handle] = {}
+        self._listings: dict[int, Listing] = {}
+        self._known: dict[int, int] = {}
+        self._held: set[int] = set()
+
+    # names
+
+    @answered
+    def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """Find a name; the kernel remembers that there is none."""
+        if name == b".":  # asked of files too, when a file handle from before is opened
+            return self._known_entry(self.fs.get(parent))
+        try:
+            inode = self.fs.lookup(parent, name)
+        except NotFound:
+            return no_entry()
+        return self._known_entry(inode)
+
+    @answered
+    def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a file of any kind but a directory or a link."""
+        return self._known_entry(self.fs.mknod(parent, name, mode, rdev, ctx.uid, ctx.gid))
+
+    @answered
+    def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        """Make a directory."""
+        return self._known_entry(self.fs.mkdir(parent, name, mode, ctx.uid, ctx.gid))
+
+    @answered
+    def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a symbolic link."""
+        return self._known_entry(self.fs.symlink(parent, name, target, ctx.uid, ctx.gid))
+
+    @answered
+    def link(
+        self, ino: int, new_parent: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Give a file one more name."""
+        return self._known_entry(self.fs.link(ino, new_parent, new_name))
+
+    @answered
+    def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove a name."""
+        self._hold_known(parent, name)
+        self.fs.unlink(parent, name)
+
+    @answered
+    def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an empty directory."""
+        self._hold_known(parent, name)
+        self.fs.rmdir(parent, name)
+
+    @answered
+    def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        """Move a name, or exchange two."""
+        if flags != RENAME_EXCHANGE:
+            self._hold_known(new_parent, new_name)
+        self.fs.rename(parent, name, new_parent, new_name, flags)
+
+    @answered
+    def readlink(self, ino: int, ctx: RequestContext) -> bytes:
+        """Return a symbolic link's target."""
+        target = self.fs.readlink(ino)
+        self.fs.touch_atime(self.fs.get(ino))
+        return target
+
+    # what the kernel knows
+
+    def _known_entry(self, inode: Inode) -> EntryAttributes:
+        """Return an entry that the kernel will forget some day."""
+        known = self._known
+        known[inode.ino] = known.get(inode.ino, 0) + 1
+        return entry_of(inode)
+
+    def _hold_known(self, parent: int, name: bytes) -> None:
+        """Have an inode outlive its last name for as long as the kernel knows it."""
+        try:
+            ino = self.fs.lookup(parent, name).ino
+        except NotFound:
+            return
+        if ino in self._known and ino not in self._held:
+            self._held.add(ino)
+            self.fs.hold(ino)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Note that the kernel has forgotten what it was told so many times."""
+        known = self._known
+        for ino, count in inode_list:
+            left = known.get(ino, 0) - count
+            if left > 0:
+                known[ino] = left
+            else:
+                known.pop(ino, None)
+                self._unhold(ino)
+
+    def forget_all(self) -> None:
+        """Forget what the kernel knows and has open; it is gone."""
+        for handle in self._files.values():
+            if handle.cached_writer:
+                self.fs.drop(handle.ino, cached_writer=True)
+        self._files.clear()
+        self._known.clear()
+        for ino in list(self._held):
+            self._unhold(ino)
+
+    def _unhold(self, ino: int) -> None:
+        if ino in self._held:
+            self._held.remove(ino)
+            try:
+                self.fs.drop(ino)
+            except VfsmapError as exc:
+                log.error("inode %d is not freed before the pool is opened next: %s", ino, exc)
+
+    # attributes
+
+    @answered
+    def getattr(self, ino: int, ctx: RequestContext) -> EntryAttributes:
+        """Return an inode's attributes."""
+        return entry_of(self.fs.get(ino))
+
+    @answered
+    def setattr(
+        self,
+        ino: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: int | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Change an inode's attributes."""
+        changes = changes_of(self.fs.get(ino), attr, fields, ctx)
+        return entry_of(self.fs.setattr(ino, **changes))
+
+    @answered
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Tell sizes and free space."""
+        return statvfs_of(self.fs.statfs())
+
+    @answered
+    def getxattr(self, ino: int, name: bytes, ctx: RequestContext) -> bytes:
+        """Return an extended attribute."""
+        if name in self._virtual:
+            return self._virtual.get(ino, name)
+        require_namespace(name)
+        return self.fs.getxattr(ino, name)
+
+    @answered_later
+    async def setxattr(self, ino: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set an extended attribute; pyfuse3 has looked after the flags."""
+        if name in self._virtual:
+            await self._virtual.set(ino, name, value)
+            return
+        require_namespace(name)
+        self.fs.setxattr(ino, name, value)
+
+    @answered
+    def removexattr(self, ino: int, name: bytes, ctx: RequestContext) -> None:
+        """Remove an extended attribute."""
+        if name in self._virtual:
+            self._virtual.remove(ino, name)
+            return
+        require_namespace(name)
+        self.fs.removexattr(ino, name)
+
+    @answered
+    def listxattr(self, ino: int, ctx: RequestContext) -> list[bytes]:
+        """Name the stored attributes, to everybody but root without the trusted ones."""
+        names = self.fs.listxattr(ino)
+        return [name for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
+
+    # open files
+
+    @answered
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Make a file and open it."""
+        inode = self.fs.create(parent, name, mode, ctx.uid, ctx.gid)
+        return self._open(inode, flags, ctx), self._known_entry(inode)
+
+    @answered
+    def open(self, ino: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file; libfuse has asked for O_TRUNC to be left to us."""
+        inode = self.fs.get(ino)
+        if flags & os.O_ACCMODE and inode.sealed:
+            raise Sealed(f"inode {ino} is sealed: it can't be opened for writing")
+        if flags & os.O_TRUNC:
+            mode = stat.S_IMODE(without_suid(inode.mode)) if ctx.uid else None
+            self.fs.setattr(ino, size=0, mode=mode)
+        return self._open(inode, flags, ctx)
+
+    def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
+        """Return a handle: an uncached one while windows may store to the file.
+
+        O_DIRECT alone does not make one: such a descriptor may still be mapped, and then it has
+        dirty pages.  Together with O_DSYNC it does.
+        """
+        ino = inode.ino
+        direct = flags & _UNCACHED == _UNCACHED or self.fs.use(ino).writable_pins > 0
+        cached_writer = not direct and flags & os.O_ACCMODE != os.O_RDONLY
+        if cached_writer:
+            self.fs.hold(ino, cached_writer=True)
+        fh = next(self._numbers)
+        self._files[fh] = Handle(ino, cached_writer=cached_writer, by_root=ctx.uid == 0)
+        return FileInfo(fh=fh, direct_io=direct, keep_cache=not direct)
+
+    # pyfuse3 says bytes, and takes any buffer
+    @answered
+    def read(  # type: ignore[override]
+        self, fh: int, off: int, size: int
+    ) -> bytes | memoryview:
+        """Return bytes of a file: where that is possible a view of the pool, copied by nobody."""
+        return self.fs.read(self._files[fh].ino, off, size)
+
+    @answered
+    def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Store bytes; set-user-ID goes when the file was not opened by root."""
+        handle = self._files[fh]
+        if handle.by_root or not is_privileged(self.fs.get(handle.ino)):
+            return self.fs.write(handle.ino, off, buf)
+        written = self.fs.write(handle.ino, off, buf, clear_suid=True)
+        pyfuse3.invalidate_inode(handle.ino, attr_only=True)
+        return written
+
+    @answered
+    def release(self, fh: int) -> None:
+        """Close a file."""
+        handle = self._files.pop(fh)
+        if handle.cached_writer:
+            self.fs.drop(handle.ino, cached_writer=True)
+
+    @answered_later
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Return when a file is as durable as the medium promises."""
+        await self._durable(self._files[fh].ino)
+
+    @answered_later
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Return when a directory is as durable as the medium promises."""
+        await self._durable(self._listings[fh].ino)
+
+    async def _durable(self, ino: int) -> None:
+        if self.fs.pool.grouped:
+            await self._sync()
+        else:
+            self.fs.fsync(ino)
+
+    # directories
+
+    @answered
+    def opendir(self, ino: int, ctx: RequestContext) -> int:
+        """Open a directory."""
+        fh = next(self._numbers)
+        self._listings[fh] = Listing(ino)
+        return fh
+
+    @answered
+    def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a directory from an entry on, with attributes.
+
+        What is added meanwhile shows when the listing is begun anew, what is removed is left out.
+        """
+        listing, fs = self._listings[fh], self.fs
+        if start_id == 0 or listing.entries is None:
+            listing.entries = fs.entries(listing.ino)
+            fs.touch_atime(fs.get(listing.ino))
+        if start_id < _DOTDOT and not self._list_dots(listing.ino, start_id, token):
+            return
+        first = bisect_right(listing.entries, start_id, key=itemgetter(0))
+        known = self._known
+        for cookie, name, ino in itertools.islice(listing.entries, first, None):
+            if not fs.entry_alive(listing.ino, name, cookie):
+                continue
+            if not pyfuse3.readdir_reply(token, name, entry_of(fs.get(ino)), cookie):
+                return
+            known[ino] = known.get(ino, 0) + 1
+
+    def _list_dots(self, ino: int, start_id: int, token: pyfuse3.ReaddirToken) -> bool:
+        """List "." and ".."; the kernel does not count these as known."""
+        dots = ((_DOT, b".", ino), (_DOTDOT, b"..", self.fs.parent(ino)))
+        return all(
+            pyfuse3.readdir_reply(token, name, entry_of(self.fs.get(target)), cookie)
+            for cookie, name, target in dots[start_id:]
+        )
+
+    @answered
+    def releasedir(self, fh: int) -> None:
+        """Close a directory."""
+        del self._listings[fh]
