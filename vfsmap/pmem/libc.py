@@ -62,6 +62,7 @@ _libc.mremap.restype = _ADDRESS
 _libc.madvise.argtypes = (_ADDRESS, _SIZE, _INT)
 _libc.msync.argtypes = (_ADDRESS, _SIZE, _INT)
 _libc.fallocate.argtypes = (_INT, _INT, _OFFSET, _OFFSET)
+_libc.syncfs.argtypes = (_INT,)
 _libc.statx.argtypes = (_INT, ctypes.c_char_p, _INT, ctypes.c_uint, _ADDRESS)
 _libc.syscall.restype = _LONG
 
@@ -204,6 +205,11 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     while _libc.fallocate(fd, mode, offset, length) != 0:
         if ctypes.get_errno() != errno.EINTR:
             raise _failure()
+
+
+def syncfs(fd: int) -> None:
+    """Write back all that is dirty in the file system that holds an open file, and wait."""
+    _require_zero(_libc.syncfs(fd))
 
 
 def statx_nosync(fd: int) -> Stat:
