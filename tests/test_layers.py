@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 HOMES = (ROOT / "tools", ROOT / "fuse", ROOT)
 LAYERS = (
     ("vfsmap.testing",),
+    ("vfsmap_tools.bench",),
     ("vfsmap_tools",),
     ("vfsmap.daemon", "vfsmap_fuse"),
     ("vfsmap.kmod",),
@@ -22,9 +23,9 @@ LAYERS = (
     ("vfsmap.errors",),
 )
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
-ASYNC = ("vfsmap.daemon", "vfsmap_fuse", "vfsmap_tools", "vfsmap.testing")
+ASYNC = ("vfsmap.daemon", "vfsmap_fuse", "vfsmap_tools", "vfsmap_tools.bench", "vfsmap.testing")
 ONLY_IN = {
-    "pyfuse3": ("vfsmap_fuse",),
+    "pyfuse3": ("vfsmap_fuse", "vfsmap_tools.bench"),
     "trio": ASYNC,
     "asyncio": (),
 }
