@@ -61,7 +61,8 @@ class Grants:
                 raise Busy("the file is open for writing through the mount's cache: close it first")
             if not inode.sealed:
                 fs.zero_tail(ino)
-            await self._sync()
+            if fs.pool.grouped:
+                await self._sync()
             pin = fs.pin(ino, first, last - first, writable=writable)
         finally:
             fs.drop(ino)

@@ -33,7 +33,7 @@ from vfsmap.daemon.varlink import (
 from vfsmap.errors import Busy, Denied, Invalid, ProtocolError, VfsmapError
 from vfsmap.fs import FileSystem
 from vfsmap.mapping.lease import Lease
-from vfsmap.pmem.procmaps import scan
+from vfsmap.pmem.procmaps import Scan, scan
 from vfsmap.units import LEVELS, Extent
 
 log = logging.getLogger("vfsmap.daemon")
@@ -42,6 +42,7 @@ CONNECTIONS_MAX: Final = 256
 CONNECTIONS_MAX_PER_USER: Final = 64
 _EVENTS_BUFFERED: Final = 1000
 _RESCAN_INTERVAL: Final = 2.0
+_RESCAN_PAUSE: Final = 0.1
 _ACCEPT_PAUSE: Final = 0.1
 
 
@@ -443,6 +444,7 @@ class Service:
         while True:
             with trio.move_on_after(_RESCAN_INTERVAL):
                 await self._rescan_wanted.wait()
+                await trio.sleep(_RESCAN_PAUSE)  # so that many ends make one scan
             self._rescan_wanted = trio.Event()
             if self._grants.leases.orphans() or self._fs.withheld:
                 self._end_unmapped(await trio.to_thread.run_sync(scan, self._fs.pool.pmem))

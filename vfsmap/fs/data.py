@@ -107,6 +107,7 @@ class Data(State):
         if size < inode.size and self.is_leased(ino, size, inode.size):
             raise Busy(f"inode {ino} is mapped: it can't be cut before the lease ends")
         self.pool.require_writable()
+        self._clean_tails.discard(ino)
         map_ = self.map_of(ino)
         if size > inode.size:
             self._zero(map_, inode.size, size)
@@ -172,8 +173,9 @@ class Data(State):
 
         Crash: any mix of old bytes and zeros, all of them behind the end.
         """
-        inode = self.file(ino)
-        self._zero(self.map_of(ino), inode.size, MAX_SIZE)
+        if ino not in self._clean_tails:
+            self._zero(self.map_of(ino), self.file(ino).size, MAX_SIZE)
+            self._clean_tails.add(ino)
 
     def set_align(self, ino: int, shift: int) -> Inode:
         """Set the alignment hint: log2 of a level's size, or 0 for none.

@@ -118,6 +118,8 @@ class State:
         self._pins: dict[int, Pin] = {}
         self._next_pin = 1
         self._frozen: set[int] = set()
+        self._clean_tails: set[int] = set()
+        """Files whose extents are known to hold nothing but zeros behind the file's end."""
         self.end_stale_pins: Callable[[], None] = lambda: None
         """Set by whoever pins: unpins, right now, what is pinned for nobody any more."""
         self.inode_count = 0
@@ -307,6 +309,8 @@ class State:
         pin = self._pins.pop(number)
         use = self._uses[pin.ino]
         del use.pins[number]
+        if pin.writable:
+            self._clean_tails.discard(pin.ino)
         self._unused(pin.ino, use)
 
     def is_leased(self, ino: int, offset: int, end: int) -> bool:
@@ -352,6 +356,7 @@ class State:
         self._maps.pop(ino, None)
         for index in (self._trees, self._xattrs, self._symlinks, self._seals):
             index.pop(ino, None)
+        self._clean_tails.discard(ino)
         self._inodes.pop(ino, None)
         self._names.pop(ino, None)
         self._parents.pop(ino, None)

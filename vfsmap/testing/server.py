@@ -1,0 +1,78 @@
+"""A pool with its mount and its mapping daemon, served by a real server process, for a test."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vfsmap_tools.mounting import wait_until_free
+from vfsmap_tools.mounts import find_mount
+
+
+def vfsmap(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command ``vfsmap`` as a person would; complain with its own words."""
+    command = [sys.executable, "-m", "vfsmap_tools.cli", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and result.returncode:
+        raise AssertionError(f"vfsmap {' '.join(command[3:])}: {result.stderr or result.stdout}")
+    return result
+
+
+class Server:
+    """A mounted pool."""
+
+    def __init__(self, pool: Path, directory: Path, options: tuple[object, ...]) -> None:
+        self.pool = pool
+        self.directory = directory
+        self.log = pool.with_suffix(".log")
+        self._options = options
+
+    def mount(self) -> None:
+        """Mount, and start the daemon."""
+        vfsmap("mount", self.pool, self.directory, "--log", self.log, *self._options)
+
+    def unmount(self) -> None:
+        """Unmount, and wait for the server's end."""
+        if find_mount(self.directory):
+            vfsmap("umount", self.directory)
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        inode = f":{self.pool.stat().st_ino} "
+        for line in Path("/proc/locks").read_text().splitlines():
+            if " FLOCK " in line and inode in line:
+                return int(line.split()[4])
+        raise AssertionError(f"nobody serves {self.pool}")
+
+    def kill(self) -> None:
+        """Kill the server with SIGKILL, and wait until it and its mount are gone."""
+        pid = self.pid
+        pidfd = os.pidfd_open(pid)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            select.select([pidfd], [], [])
+        finally:
+            os.close(pidfd)
+        if find_mount(self.directory):
+            # auto_unmount may be just about to do it
+            subprocess.run(["umount", "-l", self.directory], capture_output=True, check=False)
+        wait_until_free(self.pool)
+
+
+@contextmanager
+def served_pool(directory: Path, size: str = "256M", *options: object) -> Iterator[Server]:
+    """Yield a fresh pool in ``directory``, mounted on a directory beside it."""
+    pool, mountpoint = directory / "test.pmem", directory / "mnt"
+    mountpoint.mkdir()
+    vfsmap("format", pool, "--size", size)
+    server = Server(pool, mountpoint, options)
+    server.mount()
+    try:
+        yield server
+    finally:
+        server.unmount()
