@@ -86,7 +86,8 @@ class Grants:
         unit = next((lv for lv in LEVELS if lv.size == wanted), None)
         if level and unit is None:
             raise Unsupported(f"no entry maps {format_size(wanted)}")
-        await self.allocate(ino, offset, length, unit if wanted > LEVELS[0].size else None)
+        if not self._fs.is_allocated(ino, offset, length, level=unit):
+            await self.allocate(ino, offset, length, unit)
 
     async def allocate(self, ino: int, offset: int, length: int, level: Level | None) -> Inode:
         """Allocate a range a slice at a time."""

@@ -144,6 +144,8 @@ class Data(State):
         end = offset + length
         if not 0 <= offset <= end <= MAX_SIZE:
             raise TooBig(f"a file can't have {end} bytes")
+        if end <= inode.size and self.is_allocated(ino, offset, length, level=level):
+            return inode
         self.pool.require_writable()
         with self.change() as tx:
             if level is not None and level != PTE:
@@ -161,6 +163,16 @@ class Data(State):
             self._put_mapped(tx, inode, edit)
         self._remember_map(inode, edit)
         return inode
+
+    def is_allocated(
+        self, ino: int, offset: int, length: int, *, level: Level | None = None
+    ) -> bool:
+        """Tell whether a range has no hole, and lies in whole units where a level is given."""
+        map_ = self.map_of(ino)
+        if level is None or level == PTE:
+            return map_.covers(offset, offset + length)
+        first, last = align_down(offset, level.size), align_up(offset + length, level.size)
+        return all(_lies_in_unit(map_, unit, level) for unit in range(first, last, level.size))
 
     def extents(self, ino: int, offset: int = 0, length: int | None = None) -> list[Extent]:
         """Return what is allocated in a range, ascending by file offset; holes are left out."""
