@@ -18,7 +18,7 @@ from vfsmap.errors import (
     VfsmapError,
 )
 from vfsmap.mapping.layout import Layout, arrange, levels_of
-from vfsmap.mapping.plan import Plan, Reason, why
+from vfsmap.mapping.plan import Backing, Plan, Reason, why
 from vfsmap.pmem import libc, pages
 from vfsmap.pmem.medium import MAP_SHARED_VALIDATE, MAP_SYNC, Commit, Medium
 from vfsmap.pmem.pmem import libpmem
@@ -166,9 +166,31 @@ class Window:
             raise Invalid(f"{count} items of {kind.itemsize} bytes exceed {self.length} bytes")
         return numpy.frombuffer(self.view(), kind, count).reshape(shape)
 
-    def plan(self) -> Plan:
-        """Return what its page table should be, by the medium's policy."""
-        return Plan(self.layout, self.medium, private=self.private, limit=self.limit)
+    def plan(self, backing: Iterable[Backing] = ()) -> Plan:
+        """Return what its page table should be, by what was measured, else by policy."""
+        return Plan(
+            self.layout, self.medium, private=self.private, limit=self.limit, backing=backing
+        )
+
+    def backing(self) -> list[Backing]:
+        """Return how the medium is held, as the kernel's entries show it where it was touched.
+
+        A range that this window can't map by large entries shows nothing of the medium: the plan
+        knows those itself.
+        """
+        self._require_open()
+        base, length = self.mapped
+        levels = {level.size: level for level in (PTE, *levels_of(self.medium))}
+        runs = pages.runs(base, length)
+        held: list[Backing] = []
+        for call in self.layout.calls:
+            first, last = base + call.at, base + call.at + call.length
+            for run in runs:
+                start, end = max(run.start, first), min(run.start + run.length, last)
+                if call.start is not None and start < end:
+                    place = call.start + start - first
+                    held.append(Backing(place, end - start, levels[run.entry_size]))
+        return sorted(held)
 
     def page_sizes(self) -> dict[int, int]:
         """Return the bytes mapped by entries of each size, as the kernel sees them now.
