@@ -283,7 +283,7 @@ class Operations(pyfuse3.Operations):
         dirty pages.  Together with O_DSYNC it does.
         """
         ino = inode.ino
-        direct = flags & _UNCACHED == _UNCACHED or self.fs.use(ino).writable_pins > 0
+        direct = flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino)
         cached_writer = not direct and flags & os.O_ACCMODE != os.O_RDONLY
         if cached_writer:
             self.fs.hold(ino, cached_writer=True)

@@ -21,7 +21,7 @@ from vfsmap.errors import (
 )
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import Commit, Medium, detect
-from vfsmap.units import PTE, Extent, Level, format_size
+from vfsmap.units import PTE, Extent, Level, align_down, align_up, format_size
 
 SOCKET_XATTR: Final = "user.vfsmap.socket"
 _DESCRIPTORS_MAX: Final = 8
@@ -331,8 +331,8 @@ def _map_cached(
             f"{name} can't be mapped by entries of {format_size(level.size)}: it is mapped through "
             f"the page cache, whose entries have {format_size(medium.page_size)}"
         )
-    start = offset - offset % medium.page_size
-    extent = Extent(start, start, offset + length - start)
+    start = align_down(offset, medium.page_size)
+    extent = Extent(start, start, align_up(offset + length, medium.page_size) - start)
     return Window(
         fd, [extent], length, medium, offset=offset, writable=writable, populate=populate,
         sealed=sealed, direct=False,

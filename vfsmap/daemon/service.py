@@ -117,7 +117,7 @@ class Service:
         self._watchers: set[trio.MemorySendChannel[dict[str, Any]]] = set()
         self._connections: dict[int, int] = {}
         self._rescan_wanted = trio.Event()
-        fs.end_stale_pins = lambda: self._end_unmapped(scan(fs.pool.pmem))
+        fs.end_stale_pins = self._end_orphans
         # descriptions of our own: one that shared the lock would keep it when we are gone
         self._readable = os.open(f"/proc/self/fd/{fs.pool.pmem.fd}", os.O_RDONLY | os.O_CLOEXEC)
         self._writable = -1
@@ -433,6 +433,10 @@ class Service:
             lease.orphaned = True
             self._event("ended", connection, lease)
         self._rescan_wanted.set()
+
+    def _end_orphans(self) -> None:
+        if self._grants.leases.orphans() or self._fs.withheld:
+            self._end_unmapped(scan(self._fs.pool.pmem))
 
     def _end_unmapped(self, found: Scan) -> None:
         self._grants.end_unmapped(found)

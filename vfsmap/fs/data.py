@@ -216,10 +216,9 @@ class Data(State):
             Busy: it is open for writing, or mapped writable.
         """
         inode = self.file(ino)
-        use = self.use(ino)
         if inode.sealed:
             raise Exists(f"inode {ino} is sealed already")
-        if use.cached_writers or use.writable_pins:
+        if self.use(ino).cached_writers or self.has_writable_lease(ino):
             raise Busy(f"inode {ino} is open for writing: close it, then seal it")
         return inode
 

@@ -313,6 +313,13 @@ class State:
             self._clean_tails.discard(pin.ino)
         self._unused(pin.ino, use)
 
+    def has_writable_lease(self, ino: int) -> bool:
+        """Tell whether windows may store into a file, after asking whether they are gone."""
+        if not self.use(ino).writable_pins:
+            return False
+        self.end_stale_pins()
+        return self.use(ino).writable_pins > 0
+
     def is_leased(self, ino: int, offset: int, end: int) -> bool:
         """Tell whether a lease covers part of the range, after asking whether it has ended."""
         if not self.is_pinned(ino, offset, end):
