@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy
 
 _MAX_MAP_COUNT: Final = Path("/proc/sys/vm/max_map_count")
+_MARGIN: Final = 8  # mremap(2) gives up that early, since it may split mappings at both ends
 
 
 class Window:
@@ -384,7 +385,7 @@ def out_of_memory(what: str, calls: int, medium: Medium | None) -> NoMemory:
     limit = int(_MAX_MAP_COUNT.read_text())
     with Path("/proc/self/maps").open() as lines:
         count = sum(1 for _ in lines)
-    if count + 2 >= limit:
+    if count + _MARGIN >= limit:
         return TooManyMappings(
             f"{what} in {calls} pieces: the process has {count} mappings and vm.max_map_count is "
             f"{limit}; raise it with sysctl, or map less at a time"
