@@ -58,7 +58,7 @@ def ext4_loop(size: int | str = "256M") -> Iterator[Path]:
     _require_root("an ext4")
     with tempfile.NamedTemporaryFile(prefix="vfsmap-", suffix=".ext4") as image:
         image.truncate(parse_size(size))
-        _run("mkfs.ext4", "-q", "-F", image.name)
+        _run("mkfs.ext4", "-q", "-F", "-b", "4096", image.name)
         with _mounted("ext4", image.name, "loop") as path:
             yield path
 
@@ -85,6 +85,12 @@ def _set_aside(page_size: int, pages: int) -> Iterator[None]:
     control = _HUGE_PAGES / f"hugepages-{page_size // KIB}kB" / "nr_hugepages"
     if not control.exists():
         raise Unsupported(f"this machine has no huge pages of {format_size(page_size)}")
+    available = _available()
+    if page_size * pages > available:
+        raise NoMemory(
+            f"{pages} huge pages of {format_size(page_size)} do not fit into the "
+            f"{format_size(available)} that are free; ask for fewer"
+        )
     gained = _adjust(control, pages)
     try:
         if gained < pages:
@@ -95,6 +101,13 @@ def _set_aside(page_size: int, pages: int) -> Iterator[None]:
         yield
     finally:
         _adjust(control, -gained)
+
+
+def _available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * KIB
+    raise Unsupported("/proc/meminfo has no MemAvailable")
 
 
 def _adjust(control: Path, change: int) -> int:
