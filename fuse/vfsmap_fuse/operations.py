@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Final
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields, StatvfsData
 
-from vfsmap.errors import NotFound, Sealed, VfsmapError
+from vfsmap.errors import NoSpace, NotFound, Sealed, VfsmapError
 from vfsmap.fs import RENAME_EXCHANGE, FileSystem, Inode
 from vfsmap.fs.data import without_suid
 from vfsmap_fuse.attributes import changes_of, entry_of, is_privileged, no_entry, statvfs_of
@@ -31,6 +32,7 @@ from vfsmap_fuse.xattr import Seal, VirtualXattrs, require_namespace
 
 log = logging.getLogger("vfsmap.fuse")
 _DOT, _DOTDOT = 1, 2  # the cookies of "." and ".."; the file system's own are larger
+_TURNS: Final = 4  # to wake another worker, have it find the descriptor readable, and read it
 _UNCACHED: Final = os.O_DIRECT | os.O_DSYNC
 Sync = Callable[[], Awaitable[None]]
 
@@ -180,6 +182,14 @@ class Operations(pyfuse3.Operations):
                 known.pop(ino, None)
                 self._unhold(ino)
 
+    async def _let_forget(self) -> None:
+        """Let requests that forget inodes catch up: the kernel lets others overtake them.
+
+        Without this, what was deleted a moment ago would still take room.
+        """
+        for _ in range(_TURNS):
+            await trio.lowlevel.checkpoint()
+
     def forget_all(self) -> None:
         """Forget what the kernel knows and has open; it is gone."""
         for handle in self._files.values():
@@ -218,9 +228,11 @@ class Operations(pyfuse3.Operations):
         changes = changes_of(self.fs.get(ino), attr, fields, ctx)
         return entry_of(self.fs.setattr(ino, **changes))
 
-    @answered
-    def statfs(self, ctx: RequestContext) -> StatvfsData:
+    @answered_later
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """Tell sizes and free space."""
+        if self._held:
+            await self._let_forget()
         return statvfs_of(self.fs.statfs())
 
     @answered
@@ -299,8 +311,18 @@ class Operations(pyfuse3.Operations):
         """Return bytes of a file: where that is possible a view of the pool, copied by nobody."""
         return self.fs.read(self._files[fh].ino, off, size)
 
-    @answered
-    def write(self, fh: int, off: int, buf: bytes) -> int:
+    @answered_later
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Store bytes."""
+        try:
+            return self._write(fh, off, buf)
+        except NoSpace:
+            if not self._held:
+                raise
+            await self._let_forget()
+            return self._write(fh, off, buf)
+
+    def _write(self, fh: int, off: int, buf: bytes) -> int:
         """Store bytes; set-user-ID goes when the file was not opened by root."""
         handle = self._files[fh]
         if handle.by_root or not is_privileged(self.fs.get(handle.ino)):
