@@ -20,7 +20,7 @@ from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc, pages
 from vfsmap.pmem.medium import Medium, detect
 from vfsmap.testing import media
-from vfsmap.units import GIB, KIB, MIB, PMD, PTE, Extent, Level
+from vfsmap.units import GIB, KIB, MIB, PMD, PTE, Extent, Level, align_up
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -273,6 +273,23 @@ def test_the_first_plain_store_copies_what_the_kernel_copies(file: Held) -> None
         reasons = {part.reason for part in plan.ranges()}
         assert (Reason.COPY in reasons) == (cow == PTE)
         assert os.pread(file.fd, PAGE, 6 * MIB) == before
+
+
+def test_anonymous_memory_shared_by_fork_is_copied_in_small_pages() -> None:
+    found = libc.mmap(
+        0, 4 * MIB, libc.PROT_READ | libc.PROT_WRITE, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS
+    )
+    address = align_up(found, PMD.size)
+    libc.madvise(address, PMD.size, libc.MADV_HUGEPAGE)
+    libc.madvise(address, PMD.size, libc.MADV_POPULATE_WRITE)
+    assert pages.page_sizes(address, PMD.size) == {PMD.size: PMD.size, PAGE: 0}
+    child = os.fork()
+    if child == 0:
+        ctypes.memset(address, 1, 1)
+        os._exit(pages.page_sizes(address, PMD.size) != {PMD.size: 0, PAGE: PMD.size})
+    assert os.waitpid(child, 0)[1] == 0
+    assert pages.page_sizes(address, PMD.size)[PMD.size] == PMD.size
+    libc.munmap(found, 4 * MIB)
 
 
 def scattered() -> list[int]:
