@@ -1,0 +1,170 @@
+"""Binding: a module as one host would have it in memory after loading it.
+
+The order is the kernel's: place, relocate, then patch table by table; a later patch may overwrite
+an earlier one.  Source: load_module() and module_finalize().
+"""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from vfsmap.errors import Damaged, Invalid, NotFound
+from vfsmap.kmod.alternatives import apply_alternatives
+from vfsmap.kmod.branches import (
+    CALL_DEPTH,
+    CallDepth,
+    Thunks,
+    apply_paravirt,
+    apply_retpolines,
+    apply_returns,
+    drop_locks,
+    drop_tracing,
+    seal_entries,
+)
+from vfsmap.kmod.host import Host
+from vfsmap.kmod.image import Image
+from vfsmap.kmod.keys import apply_jumps, apply_static_calls
+from vfsmap.kmod.layout import CORE, INIT, PERCPU, Area, Layout
+from vfsmap.kmod.memory import Memory, Region
+from vfsmap.kmod.module import Module
+from vfsmap.kmod.relocate import place, relocate, symbol_values
+from vfsmap.kmod.sort import sort_tables
+from vfsmap.units import PTE
+
+ALL_AREAS: Final = (*CORE, *INIT)
+
+
+class Bound(NamedTuple):
+    """A module bound to a host."""
+
+    module: Module
+    layout: Layout
+    image: Image
+    bases: dict[Area, int]
+    values: list[int]
+    """The value of each symbol, in the file's order."""
+    thunk_pages: list[Region]
+    elsewhere: dict[int, bytes]
+    """Writes into other images that loading it brings with it."""
+
+    def area(self, area: Area) -> bytes:
+        """Return an area's bytes; none when the module has no such area."""
+        for region in self.image.memory.regions:
+            if region.name == area.value:
+                return bytes(region.data)
+        return b""
+
+    def address_of(self, name: str) -> int:
+        """Return the address of a function.
+
+        Raises:
+            NotFound: the module has no such function.
+        """
+        self.module.function(name)
+        for row, value in zip(self.module.elf.symbol_rows, self.values, strict=True):
+            if row[3] and self.module.elf.symbol_name(row) == name:
+                return value
+        raise NotFound(f"{self.module.name} has no function {name!r}")
+
+
+def bases_from(host: Host, module: Module, layout: Layout) -> dict[Area, int]:
+    """Return where a host has a module's areas.
+
+    Raises:
+        NotFound: the host has not loaded the module.
+        Damaged: the host's sections don't lie as this file's would.
+    """
+    resident = host.modules.get(module.name)
+    if resident is None:
+        raise NotFound(f"the host has no module {module.name}; give an address to bind it to")
+    bases: dict[Area, int] = {Area.PERCPU: resident.percpu_base}
+    for index, spot in layout.places.items():
+        name = module.elf.sections[index].name
+        if name not in resident.sections or name == PERCPU:
+            continue
+        base = resident.sections[name] - spot.offset
+        if bases.setdefault(spot.area, base) != base:
+            raise Damaged(
+                f"{module.file_name}: section {name} is at {resident.sections[name]:#x} on the "
+                f"host, not where this file's would be; is it another build?"
+            )
+    for area in ALL_AREAS:
+        if layout.sizes[area] and area not in bases:
+            # sections without symbols are not listed; nothing can refer to them from outside
+            bases[area] = _after(bases, layout)
+    return bases
+
+
+def _after(bases: dict[Area, int], layout: Layout) -> int:
+    """Return the first page behind everything that has been placed."""
+    end = max((base + layout.sizes[area] for area, base in bases.items()), default=0)
+    return (end + PTE.size - 1) & -PTE.size
+
+
+def bases_at(start: int, layout: Layout) -> dict[Area, int]:
+    """Return the areas one behind the other from an address on, each starting on a page."""
+    bases = layout.follow(start, ALL_AREAS)
+    bases[Area.PERCPU] = 0
+    return bases
+
+
+def bind(
+    module: Module,
+    host: Host,
+    bases: dict[Area, int] | None = None,
+    *,
+    resolve: Callable[[str], int | None] | None = None,
+    others: list[Memory] | None = None,
+    thunk_pages: list[int] | None = None,
+    check_release: bool = True,
+) -> Bound:
+    """Return a module as ``host`` would have it in memory.
+
+    Its areas lie where the host has them, or at ``bases``.  ``resolve`` supplies symbols that the
+    host's document does not have, ``thunk_pages`` addresses for pages of thunks.  ``others`` are
+    images that it calls, to tell whether calls can be counted there.
+
+    Raises:
+        Invalid: it was built for another kernel, or an address is not aligned.
+        NotFound: a symbol, or the module's place on the host, is not known.
+        Damaged: the module breaks a rule; the message names the section or symbol.
+    """
+    if check_release and not host.user_space:
+        module.require_vermagic(host.release)
+    layout = Layout(module)
+    bases = bases_from(host, module, layout) if bases is None else bases
+    for area, base in bases.items():
+        if area is not Area.PERCPU and layout.sizes[area] and base % PTE.size:
+            raise Invalid(f"{module.file_name}: {area.value} can't start at {base:#x}, off a page")
+    image = place(module, layout, {a: b for a, b in bases.items() if a is not Area.PERCPU})
+
+    def find(name: str) -> int | None:
+        found = host.import_of(module.name, name)
+        return resolve(name) if found is None and resolve is not None else found
+
+    values = symbol_values(module, layout, bases, find)
+    relocate(module, layout, bases, image, values)
+    resident = host.modules.get(module.name)
+    pages = resident.its_pages if resident and resident.its_pages else thunk_pages or []
+    thunks = Thunks(image, pages)
+    elsewhere = patch(image, host, thunks, others or [])
+    sort_tables(module, layout, bases, image)
+    return Bound(module, layout, image, bases, values, thunks.regions, elsewhere)
+
+
+def patch(image: Image, host: Host, thunks: Thunks, others: list[Memory]) -> dict[int, bytes]:
+    """Patch an image's text for a host, in place; return what has to be written elsewhere."""
+    apply_paravirt(image, host)
+    apply_retpolines(image, host, thunks)
+    apply_returns(image, host)
+    apply_alternatives(image, host)
+    depth = None
+    if image.dialect.relocates and (host.call_depth or host.has(CALL_DEPTH)):
+        depth = CallDepth(image, host, others)
+        depth.apply()
+    seal_entries(image)
+    if host.uniproc:
+        drop_locks(image)
+    drop_tracing(image, host)
+    apply_jumps(image, host)
+    apply_static_calls(image, host, depth)
+    return depth.elsewhere if depth else {}
