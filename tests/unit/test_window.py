@@ -80,6 +80,24 @@ def test_stores_through_a_writable_window_reach_the_pool(pool: int, medium: Medi
     assert os.pread(pool, 5, PAGE + 100) == b"hello"
 
 
+def test_publishing_persists_and_then_tells_those_who_cached_the_file(
+    pool: int, medium: Medium
+) -> None:
+    told: list[bytes] = []
+    window = Window(
+        pool,
+        [Extent(0, PAGE, PAGE)],
+        PAGE,
+        medium,
+        writable=True,
+        on_publish=lambda: told.append(os.pread(pool, 5, PAGE)),
+    )
+    with window:
+        window.view()[:5] = b"there"
+        window.publish()
+    assert told == [b"there"]
+
+
 def test_a_read_windows_view_and_array_refuse_stores(pool: int, medium: Medium) -> None:
     with Window(pool, [Extent(0, 0, PAGE)], PAGE, medium) as window:
         with pytest.raises(TypeError, match="read-only"):

@@ -7,12 +7,12 @@ put over it by one mremap(2), which the kernel does under the lock that page fau
 another thread sees the old bytes or the new ones.
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from vfsmap.errors import Invalid, Unsupported
-from vfsmap.mapping.window import Window, out_of_memory
+from vfsmap.mapping.addresses import out_of_memory
+from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc
 from vfsmap.pmem.medium import Medium
 from vfsmap.units import MIB, PTE, Extent, Level, align_down, align_up, format_size
@@ -105,7 +105,7 @@ class PrivateWindow(Window):
             copied += end - start
         if self.writable and len(data):
             # what was laid over holds the bytes already; the rest was owned before
-            ctypes.memmove(self.address + offset, libc.address_of(data), len(data))
+            libc.copy(self.address + offset, libc.address_of(data), len(data))
         return copied
 
     def owned(self) -> int:
@@ -145,12 +145,12 @@ class PrivateWindow(Window):
         except OSError as exc:
             raise out_of_memory(f"can't copy {format_size(length)}", 1, None) from exc
         try:
-            ctypes.memmove(block, start, length)
+            libc.copy(block, start, length)
             at = self.address + offset
             first, last = max(at, start), min(at + len(data), end)
             if first < last:
                 source = libc.address_of(data) + first - at
-                ctypes.memmove(block + first - start, source, last - first)
+                libc.copy(block + first - start, source, last - first)
             if not self.writable:
                 libc.mprotect(block, length, libc.PROT_READ)
             flags = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED

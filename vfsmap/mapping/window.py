@@ -1,22 +1,20 @@
 """A window: a file's extents mapped into one range of this process's addresses."""
 
-import ctypes
+import contextlib
 import errno
 import operator
 import weakref
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from vfsmap.errors import (
     Denied,
     Invalid,
     MediumError,
-    NoMemory,
-    TooManyMappings,
     Unsupported,
     VfsmapError,
 )
+from vfsmap.mapping.addresses import out_of_memory, reserve
 from vfsmap.mapping.layout import Layout, arrange, levels_of
 from vfsmap.mapping.plan import Backing, Plan, Reason, why
 from vfsmap.pmem import libc, pages
@@ -26,9 +24,6 @@ from vfsmap.units import PTE, Extent, Level, align_down, format_size
 
 if TYPE_CHECKING:
     import numpy
-
-_MAX_MAP_COUNT: Final = Path("/proc/sys/vm/max_map_count")
-_MARGIN: Final = 8  # mremap(2) gives up that early, since it may split mappings at both ends
 
 
 class Window:
@@ -101,24 +96,18 @@ class Window:
                 levels=_allowed(medium, limit),
                 holes=private or not writable,
             )
+        # of what a page cache holds nothing is certain before it is mapped
         certain = medium.name != "page cache"
         if level is not None and certain:
             self.plan().require(level)
-        self._base = _reserve(self.layout) if length else 0
-        try:
+        self._base = reserve(self.layout) if length else 0
+        with self._whole_or_not():
             self._fill(fd)
             if populate or (level is not None and not certain):
                 self._populate()
                 self._require(level)
             if sealed and length:
                 self._seal()
-        except OSError as exc:
-            error = self._translated(exc)  # counts mappings, so it comes before they go
-            self._unmap()
-            raise error from exc
-        except VfsmapError:
-            self._unmap()
-            raise
         self.closed = False
 
     @property
@@ -138,9 +127,8 @@ class Window:
             return memoryview(bytearray() if self.writable else b"")
         exporter: Any = self._exported() if self._exported is not None else None
         if exporter is None:
-            kind: Any = type("WindowBytes", (ctypes.c_char * self.length,), {})
-            exporter = kind.from_address(self.address)
-            exporter.window = self  # a view keeps the window, so that its addresses stay mapped
+            # a view keeps the window, so that its addresses stay mapped
+            exporter = libc.buffer_at(self.address, self.length, self)
             self._exported = weakref.ref(exporter)
         view = memoryview(exporter).cast("B")
         return view if self.writable else view.toreadonly()
@@ -281,6 +269,18 @@ class Window:
         if self.closed:
             raise Invalid("the window is closed")
 
+    @contextlib.contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            error = self._translated(exc)  # counts mappings, so it comes before they go
+            self._unmap()
+            raise error from exc
+        except VfsmapError:
+            self._unmap()
+            raise
+
     def _fill(self, fd: int) -> None:
         protection = libc.PROT_READ | (libc.PROT_WRITE if self.writable else 0)
         for call in self.layout.calls:
@@ -361,39 +361,3 @@ def _allowed(medium: Medium, limit: Level | None) -> tuple[Level, ...]:
             f"{medium.name} maps whole pages of {format_size(medium.page_size)}, none of {limit}"
         )
     return allowed
-
-
-def _reserve(layout: Layout) -> int:
-    """Take addresses of the layout's length and alignment out of use; return the first."""
-    align = layout.level.size
-    flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
-    try:
-        found = libc.mmap(0, layout.length + align, libc.PROT_NONE, flags)
-    except OSError as exc:
-        raise out_of_memory(f"can't reserve {format_size(layout.length)}", 1, None) from exc
-    base = found + (layout.residue - found) % align
-    end = base + layout.length
-    if base > found:
-        libc.munmap(found, base - found)
-    if end < found + layout.length + align:
-        libc.munmap(end, found + layout.length + align - end)
-    return base
-
-
-def out_of_memory(what: str, calls: int, medium: Medium | None) -> NoMemory:
-    """Tell which of the three things the kernel calls ENOMEM it was."""
-    limit = int(_MAX_MAP_COUNT.read_text())
-    with Path("/proc/self/maps").open() as lines:
-        count = sum(1 for _ in lines)
-    if count + _MARGIN >= limit:
-        return TooManyMappings(
-            f"{what} in {calls} pieces: the process has {count} mappings and vm.max_map_count is "
-            f"{limit}; raise it with sysctl, or map less at a time"
-        )
-    if medium and medium.name == "hugetlbfs":
-        size = format_size(medium.page_size)
-        return NoMemory(
-            f"{what}: too few free huge pages of {size}, of which plain stores to a private window "
-            "need as many again; raise nr_hugepages"
-        )
-    return NoMemory(f"{what}: no memory or addresses; look at ulimit -v and vm.overcommit_memory")

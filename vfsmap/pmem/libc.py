@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import sys
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 PROT_NONE: Final = 0x0
 PROT_READ: Final = 0x1
@@ -241,6 +241,19 @@ def address_of(buffer: object) -> int:
         return described.buf or 0
     finally:
         api.PyBuffer_Release(ctypes.byref(described))
+
+
+def copy(target: int, source: int, length: int) -> None:
+    """Copy bytes from address to address."""
+    ctypes.memmove(target, source, length)
+
+
+def buffer_at(address: int, length: int, owner: object) -> Any:
+    """Return a buffer over a range of addresses; it keeps ``owner`` alive, and so do its views."""
+    kind: Any = type("Bytes", (ctypes.c_char * length,), {})
+    buffer = kind.from_address(address)
+    buffer.owner = owner
+    return buffer
 
 
 assert ctypes.sizeof(_Statx) == 256
