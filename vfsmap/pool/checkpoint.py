@@ -6,12 +6,11 @@ half replays to the state of the moment it is switched to.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 
-from vfsmap.pool.layout import BATCH
 from vfsmap.pool.log import LogHalf
+from vfsmap.units import KIB
 
-_MOST_OBJECTS = 512
+_SLICE = 32 * KIB
 
 
 class Checkpoint:
@@ -29,14 +28,21 @@ class Checkpoint:
 
         Crash: the half is not in use yet, so nothing has happened.
         """
-        copied = 0
-        while copied < least and not self.done:
-            oids = list(islice(self._to_copy, _MOST_OBJECTS))
-            records = [r for oid in oids if (r := self._objects.get(oid)) is not None]
+        while least > 0 and not self.done:
+            records = self._next_slice()
             if not self.follow(records, next_oid):
                 return False
-            self.done = len(oids) < _MOST_OBJECTS
-            copied += BATCH.size + sum(map(len, records))
+            least -= sum(map(len, records))
+        return True
+
+    def copy_all(self, next_oid: int) -> bool:
+        """Copy all objects that are left; False: no room.
+
+        Crash: the half is not in use yet, so nothing has happened.
+        """
+        while not self.done:
+            if not self.copy(_SLICE, next_oid):
+                return False
         return True
 
     def follow(self, records: Sequence[bytes], next_oid: int) -> bool:
@@ -48,3 +54,17 @@ class Checkpoint:
             return False
         self.half.append(records, next_oid)
         return True
+
+    def _next_slice(self) -> list[bytes]:
+        """Return the next records to copy, and note whether they are the last."""
+        records: list[bytes] = []
+        size = 0
+        for oid in self._to_copy:
+            rec = self._objects.get(oid)
+            if rec is not None:
+                records.append(rec)
+                size += len(rec)
+                if size >= _SLICE:
+                    return records
+        self.done = True
+        return records

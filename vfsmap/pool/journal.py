@@ -1,14 +1,16 @@
 """How transactions reach the medium: the active half of the log, its checkpoints, group commits."""
 
+import os
 import threading
 import zlib
+from contextlib import suppress
 
-from vfsmap.errors import NoSpace, ReadOnly, VfsmapError
+from vfsmap.errors import MediumError, NoSpace, ReadOnly, VfsmapError
 from vfsmap.pmem import Commit as CommitKind
 from vfsmap.pmem import Pmem
 from vfsmap.pool import superblock
 from vfsmap.pool.checkpoint import Checkpoint
-from vfsmap.pool.layout import RECORD, Superblock
+from vfsmap.pool.layout import BATCH, RECORD, Superblock
 from vfsmap.pool.log import LogHalf, Place
 from vfsmap.pool.space import Run, Space
 from vfsmap.units import KIB, PMD, PTE, align_up
@@ -156,14 +158,13 @@ class Journal:
     def _make_room(self, size: int, growth: int) -> None:
         if growth > 0 and self.live + growth > self.capacity:
             self._grow(growth)
-        wanted = self._pending_bytes + size
-        room = self.log.room - wanted
+        in_flight = self._in_flight.size if self._in_flight else 0
+        room = self.log.room - in_flight - self._pending_bytes - size
         # half full of live records, a checkpoint would soon be due again: put it off to the last
         roomy = self.live * 2 <= self.log.place.length
         if room >= (self.log.place.length // 8 if roomy else 0):
             return
         if self._checkpoint is None:
-            self._settle()
             self._start_checkpoint()
         if room < 0:
             self._finish_checkpoint()
@@ -171,8 +172,8 @@ class Journal:
                 raise NoSpace(_FULL)
 
     def _grow(self, growth: int) -> None:
-        self._settle()
         self._drop_checkpoint()
+        self.reclaim()
         self._larger = self._take_larger(self.live + growth)
         if self._larger is None:
             raise NoSpace(_FULL)
@@ -194,13 +195,15 @@ class Journal:
                 self._free([(place.start, place.length) for place in taken])
         return None
 
-    def _start_checkpoint(self) -> None:
+    def _start_checkpoint(self) -> Checkpoint:
+        self._settle()
         if self._larger is None and self.live * 2 + 2 * RESERVE > self._shorter:
             self._larger = self._take_larger(self.live)
         spare = self.halves[1 - self.superblock.active]
         place = self._larger[0] if self._larger else spare
-        half = LogHalf(self.pmem, place, self.superblock.generation + 1, self._salt)
+        half = LogHalf(self.pmem, place, new_generation(), self._salt)
         self._checkpoint = Checkpoint(half, self.objects)
+        return self._checkpoint
 
     def _advance(self, checkpoint: Checkpoint, records: list[bytes], size: int) -> None:
         """Copy a slice: enough, for every byte logged, to be done before the log is full."""
@@ -208,7 +211,24 @@ class Journal:
         if not (fits and checkpoint.copy(max(_SLICE, 16 * size), self.next_oid)):
             self._drop_checkpoint()
         elif checkpoint.done and not self.grouped:
-            self._switch(checkpoint)
+            # the records are durable already: whoever commits next is told that the pool failed
+            with suppress(MediumError):
+                self._switch(checkpoint)
+
+    def compact(self) -> None:
+        """Copy the live objects to the other half, and go on there.
+
+        Raises:
+            NoSpace: they don't fit.
+            MediumError: the medium refused; the pool is read-only from now on.
+
+        Crash: the old half, whole, or the new one; they replay to the same objects.
+        """
+        self.require_writable()
+        self._settle()
+        if self._checkpoint is None:
+            self._start_checkpoint()
+        self._finish_checkpoint()
 
     def _drop_checkpoint(self) -> None:
         self._checkpoint = None
@@ -217,15 +237,18 @@ class Journal:
             self._larger = None
 
     def _finish_checkpoint(self) -> None:
-        if self._checkpoint and not self._checkpoint.copy(self.live, self.next_oid):
+        checkpoint = self._checkpoint or self._start_checkpoint()
+        if not checkpoint.copy_all(self.next_oid):
             # what was copied in slices, and has changed since, took too much room
             self._drop_checkpoint()
-            self._start_checkpoint()
-            self._checkpoint.copy(self.live, self.next_oid)
+            checkpoint = self._start_checkpoint()
+            if not checkpoint.copy_all(self.next_oid):
+                self._drop_checkpoint()
+                raise NoSpace(_FULL)
         if self.grouped:
             self.sync()
-        elif self._checkpoint:
-            self._switch(self._checkpoint)
+        else:
+            self._switch(checkpoint)
 
     def _switch(self, checkpoint: Checkpoint) -> None:
         """Make the checkpoint's half the active one.
@@ -281,6 +304,20 @@ class Journal:
         self._in_flight = commit
         return commit
 
+    def reclaim(self, least: int = 1) -> bool:
+        """Commit, if at least so many bytes are free once that is done; tell whether it was done.
+
+        Raises:
+            MediumError: the medium refused; the pool is read-only from now on.
+
+        Crash: everything or nothing of the group that was pending.
+        """
+        in_flight = self._in_flight.freed if self._in_flight else []
+        if sum(length for _, length in (*in_flight, *self._pending_free)) < least:
+            return False
+        self.sync()
+        return True
+
     def _settle(self) -> None:
         """Wait for the commit in flight, if there is one."""
         if self._in_flight is not None:
@@ -305,15 +342,27 @@ class Journal:
         commit.finish()
 
 
+def new_generation() -> int:
+    """Return a number for a half's batches that no batch in the pool has.
+
+    A half may hold batches of a checkpoint that was given up, or that a crash ended; they must not
+    be taken for those of the next one, and nobody must be able to store some that will.
+    """
+    return int.from_bytes(os.urandom(8), "little")
+
+
 class Commit:
     """One group of transactions on its way to a page-cache medium."""
 
     def __init__(
         self, journal: Journal, records: list[bytes], freed: list[Run], *, switch: bool
     ) -> None:
+        self.size = BATCH.size + sum(map(len, records))
+        """Bytes that the group takes in the log."""
+        self.freed = freed
+        """Runs that are free once the group is durable."""
         self._journal = journal
         self._records = records
-        self._freed = freed
         self._next_oid = journal.next_oid
         self._log = journal.log
         self._switch = switch
@@ -357,7 +406,7 @@ class Commit:
             self._journal.switched(self._superblock)
             self._superblock = None
         if self._error is None:
-            freed, self._freed = self._freed, []
+            freed, self.freed = self.freed, []
             for start, length in freed:
                 self._journal.space.free(start, length)
         self._journal.settled(self)

@@ -56,7 +56,7 @@ class Superblock(Structure):
         ("label", c_uint8 * 64),  # UTF-8, zero padded
         ("size", c_uint64),  # bytes of the pool; the file may be longer
         ("epoch", c_uint64),  # grows by 1 with each superblock written
-        ("generation", c_uint64),  # of the batches in the active half
+        ("generation", c_uint64),  # of the batches in the active half; drawn at random
         ("halves", Half * 2),
         ("active", c_uint32),  # 0 or 1
         ("align", c_uint32),  # log2 of the largest unit that extents are laid out for

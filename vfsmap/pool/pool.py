@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 from vfsmap.errors import Invalid, NotAPool, NotFound, PoolDamaged, Unsupported, VfsmapError
 from vfsmap.pmem import Pmem, Promise
 from vfsmap.pool import superblock
-from vfsmap.pool.journal import Commit, Journal
+from vfsmap.pool.journal import Commit, Journal, new_generation
 from vfsmap.pool.layout import (
     BLOCK,
     EXTENT,
@@ -371,8 +371,14 @@ class Pool:
         self.close()
 
 
-def format_pmem(pmem: Pmem, *, label: str = "", level: Level = PMD) -> None:
+def format_pmem(pmem: Pmem, *, label: str = "", level: Level = PMD, log: int = 0) -> None:
     """Lay an empty pool out on ``pmem``.
+
+    Args:
+        pmem: what holds it.
+        label: a name, up to 63 bytes.
+        level: the unit that large files are laid out in.
+        log: bytes of each half of the log, a multiple of 4 KiB; 0: as suits the size.
 
     Raises:
         NoSpace: the file system below has no room even for the log.
@@ -380,11 +386,11 @@ def format_pmem(pmem: Pmem, *, label: str = "", level: Level = PMD) -> None:
     Crash: no pool, or the empty one.
     """
     size = superblock.usable_size(pmem.size)
-    half = min(max(align_down(size // 512, BLOCK), 256 * KIB), 16 * MIB)
+    half = log or min(max(align_down(size // 512, BLOCK), 256 * KIB), 16 * MIB)
     pmem.reserve(0, FIRST_FREE + 2 * half)
     pmem.zero(SUPERBLOCKS[0], 2 * BLOCK)
     pmem.persist(SUPERBLOCKS[0], 2 * BLOCK)
-    sb = Superblock(version=VERSION, size=size, generation=1, align=level.shift)
+    sb = Superblock(version=VERSION, size=size, generation=new_generation(), align=level.shift)
     sb.created_ns = time.time_ns()
     sb.magic[:] = MAGIC
     sb.uuid[:] = uuid.uuid4().bytes

@@ -4,7 +4,7 @@ import ctypes
 from types import TracebackType
 from typing import Self
 
-from vfsmap.errors import Invalid, NotFound
+from vfsmap.errors import Invalid, NoSpace, NotFound
 from vfsmap.pool.journal import Journal
 from vfsmap.pool.layout import (
     EXTENT,
@@ -93,7 +93,13 @@ class Transaction:
 
         Crash: the run is free still.
         """
-        start, got = self._journal.space.take(length, level, goal=goal, minimum=minimum)
+        space = self._journal.space
+        try:
+            start, got = space.take(length, level, goal=goal, minimum=minimum)
+        except NoSpace:
+            if not self._journal.reclaim(minimum or length):
+                raise
+            start, got = space.take(length, level, goal=goal, minimum=minimum)
         self._taken.append((start, got))
         return start, got
 

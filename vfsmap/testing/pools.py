@@ -1,0 +1,59 @@
+"""Pools for tests: in memory, on a medium of any kind, killed and opened again at will."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from vfsmap.fs import FileSystem
+from vfsmap.pmem import Commit, Medium, Pmem
+from vfsmap.pool import Pool
+from vfsmap.pool.pool import format_pmem
+from vfsmap.units import KIB, MIB, PMD, Level
+
+STORED: Final = Medium("tmpfs", Commit.STORE, 4 * KIB, "always")
+FLUSHED: Final = Medium("flushed", Commit.FLUSH, 4 * KIB)
+GROUPED: Final = Medium("page cache", Commit.SYNC, 4 * KIB)
+HUGE: Final = Medium("hugetlbfs", Commit.STORE, 2 * MIB)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a directory in memory."""
+    with tempfile.TemporaryDirectory(prefix="vfsmap-", dir="/dev/shm") as name:
+        yield Path(name)
+
+
+def open_pmem(path: Path, medium: Medium = STORED) -> Pmem:
+    """Open a file for writing as if it lay on ``medium``; nobody is locked out."""
+    return Pmem(os.open(path, os.O_RDWR | os.O_CLOEXEC), path, writable=True, medium=medium)
+
+
+def make_pool(path: Path, size: int, medium: Medium = STORED, *, level: Level = PMD) -> Pool:
+    """Make an empty pool that behaves as on ``medium``."""
+    path.touch()
+    os.truncate(path, size)
+    pmem = open_pmem(path, medium)
+    format_pmem(pmem, level=level)
+    return Pool(pmem)
+
+
+def make_fs(path: Path, size: int, medium: Medium = STORED, *, level: Level = PMD) -> FileSystem:
+    """Make an empty file system in a pool of its own."""
+    return FileSystem.format(make_pool(path, size, medium, level=level), uid=0, gid=0)
+
+
+def killed(pool: Pool) -> Pool:
+    """Open a pool again as after a SIGKILL of the process that had it open."""
+    path, medium = pool.path, pool.pmem.medium
+    pool.pmem.close()
+    return Pool(open_pmem(path, medium))
+
+
+def killed_fs(fs: FileSystem) -> FileSystem:
+    """Open a file system again as after a SIGKILL, orphans and all."""
+    reopened = FileSystem(killed(fs.pool))
+    reopened.end_orphans()
+    return reopened
