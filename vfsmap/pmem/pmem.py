@@ -204,10 +204,7 @@ class Pmem:
         Crash: any page stored since the last call is old or new.
         """
         if self.medium.commit is Commit.SYNC:
-            try:
-                os.fdatasync(self.fd)
-            except OSError as exc:
-                raise MediumError(f"can't write {self.path} back: {exc.strerror}") from exc
+            self._fdatasync()
         else:
             self.fence()
 
@@ -300,6 +297,12 @@ class Pmem:
             libc.fallocate(self.fd, mode, offset, length)
         except OSError as exc:
             raise _translated(exc, f"{self.path}: no room for {format_size(length)}") from exc
+
+    def _fdatasync(self) -> None:
+        try:
+            os.fdatasync(self.fd)
+        except OSError as exc:
+            raise MediumError(f"can't write {self.path} back: {exc.strerror}") from exc
 
     def _msync(self, offset: int, length: int) -> None:
         start = align_down(offset, _PAGE)

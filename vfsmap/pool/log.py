@@ -14,6 +14,7 @@ from vfsmap.pmem import Pmem
 from vfsmap.pool.layout import BATCH, BATCH_MAGIC, RECORD
 
 _MAGIC_BYTES = BATCH_MAGIC.to_bytes(4, "little")
+_MOST_EFFORT = 16  # times that the bytes of a half may be summed in search of newer batches
 
 
 class Place(NamedTuple):
@@ -64,15 +65,17 @@ class LogHalf:
             PoolDamaged: an invalid batch is followed by valid newer ones.
         """
         next_oid = 0
-        while batch := self._valid_batch(self.tail, self.sequence):
+        while batch := self.valid_batch(self.tail, self.sequence):
             length, next_oid = batch
-            self._replay_records(self.tail + BATCH.size, self.tail + length, objects)
-            self.tail += length
-            self.sequence += 1
-        self._require_nothing_newer()
+            self.replay_batch(length, objects)
+        if newer := self.find_newer():
+            raise PoolDamaged(
+                f"log batch {self.sequence} at {self.tail:#x} is damaged, "
+                f"yet a newer one at {newer[0]:#x} is whole"
+            )
         return next_oid
 
-    def _valid_batch(
+    def valid_batch(
         self, at: int, sequence: int, *, newer: bool = False
     ) -> tuple[int, int] | None:
         """Return length and next_oid of the batch at ``at``, if there is one of that sequence."""
@@ -95,12 +98,20 @@ class LogHalf:
             return None
         return length, next_oid
 
-    def _replay_records(self, at: int, end: int, objects: dict[int, bytes]) -> None:
+    def replay_batch(self, batch_length: int, objects: dict[int, bytes]) -> None:
+        """Bring ``objects`` up to date with the valid batch at the tail, and go behind it.
+
+        Raises:
+            PoolDamaged: a record in it has an impossible length.
+        """
         view = self._pmem.view
         unpack = RECORD.unpack_from
         least = RECORD.size
+        at, end = self.tail + BATCH.size, self.tail + batch_length
+        self.tail = end
+        self.sequence += 1
         while at < end:
-            length, tag, oid = unpack(view, at)
+            length, tag, oid = unpack(view, at) if at + least <= end else (0, 0, 0)
             if length < least or length % 8 or length > end - at:
                 raise PoolDamaged(f"log record at {at:#x} has the impossible length {length}")
             if tag:
@@ -109,18 +120,36 @@ class LogHalf:
                 objects.pop(oid, None)
             at += length
 
-    def _require_nothing_newer(self) -> None:
+    def find_newer(self) -> tuple[int, int] | None:
+        """Return place and sequence of the first valid batch behind the tail.
+
+        A crash leaves none there, as no batch is stored before the one in front is durable.
+
+        Raises:
+            PoolDamaged: what lies there was made to keep readers busy.
+        """
         end = self.place.start + self.place.length
         piece_start = self.tail
+        effort = _MOST_EFFORT * self.place.length
         while piece_start < end:
             piece = bytes(self._pmem.view[piece_start : min(piece_start + (1 << 20), end)])
             found = piece.find(_MAGIC_BYTES)
             while found >= 0:
                 at = piece_start + found
-                if at % 8 == 0 and self._valid_batch(at, self.sequence, newer=True):
-                    raise PoolDamaged(
-                        f"log batch {self.sequence} at {self.tail:#x} is damaged, "
-                        f"yet a newer one at {at:#x} is whole"
-                    )
+                if at % 8 == 0:
+                    if self.valid_batch(at, self.sequence, newer=True):
+                        return at, int.from_bytes(self._pmem.view[at + 16 : at + 24], "little")
+                    effort -= self._claimed_length(at)
+                    if effort < 0:
+                        raise PoolDamaged(f"the log behind {self.tail:#x} makes no sense")
                 found = piece.find(_MAGIC_BYTES, found + 1)
             piece_start += (1 << 20) - 8 if len(piece) == 1 << 20 else len(piece)
+        return None
+
+    def _claimed_length(self, at: int) -> int:
+        """Return how many bytes were summed in vain for what looked like a batch."""
+        end = self.place.start + self.place.length
+        if at + BATCH.size > end:
+            return 0
+        _, _, generation, _, length, _ = BATCH.unpack_from(self._pmem.view, at)
+        return length if generation == self.generation and length <= end - at else 0
