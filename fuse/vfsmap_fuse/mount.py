@@ -11,7 +11,7 @@ from typing import Final, Self
 import pyfuse3
 import trio
 
-from vfsmap.errors import Busy, Denied, Invalid, Unsupported
+from vfsmap.errors import Busy, Denied, Invalid, NotADirectory, Unsupported
 from vfsmap.fs import FileSystem
 from vfsmap.pmem.libc import syncfs
 from vfsmap.units import KIB, MIB
@@ -151,6 +151,7 @@ async def mounted(
 
     Raises:
         Unsupported: there is no FUSE here.
+        NotADirectory: ``mountpoint`` is none.
         Denied: this user may not mount there.
         Busy: the mount failed, or did not answer.
     """
@@ -174,10 +175,12 @@ async def mounted(
 
 
 def _init(operations: Operations, mountpoint: Path, words: set[str]) -> None:
+    if not Path("/dev/fuse").exists():
+        raise Unsupported("/dev/fuse is missing; load the kernel's module: modprobe fuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise Unsupported(
-            "/dev/fuse is missing or closed to this user; load the module: modprobe fuse"
-        )
+        raise Denied("this user may not open /dev/fuse; root can allow it: chmod 666 /dev/fuse")
+    if not mountpoint.is_dir():
+        raise NotADirectory(f"{mountpoint} is not a directory; make it with: mkdir {mountpoint}")
     if os.geteuid() and mountpoint.stat().st_uid != os.geteuid():
         raise Denied(f"{mountpoint} belongs to somebody else; mount on a directory of your own")
     try:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import trio
 
@@ -34,8 +34,9 @@ _PATIENCE = 20
 class Server:
     """A mounted pool and the process that serves it."""
 
-    def __init__(self, process: subprocess.Popen[str], mountpoint: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], pool: Path, mountpoint: Path) -> None:
         self.process = process
+        self.pool = pool
         self.mountpoint = mountpoint
 
     def call(self, name: str, *args: object, **kwargs: object) -> Any:
@@ -65,22 +66,31 @@ class Server:
 
 
 @contextmanager
-def served(pool: Path, mountpoint: Path, options: str = "", *, user: int = 0) -> Iterator[Server]:
+def served(
+    pool: Path, mountpoint: Path, options: str = "", *, user: int = 0, log: IO[str] | None = None
+) -> Iterator[Server]:
     """Serve a pool on a mount point for as long as the block lasts.
 
-    A server that ends by itself, or is killed, is the test's business.
+    Args:
+        pool: a formatted pool.
+        mountpoint: a directory.
+        options: mount options, comma separated.
+        user: who the server runs as.
+        log: where its messages go; into the test's own otherwise, where nobody expects any.
+
+    Raises:
+        RuntimeError: there is no mount.
     """
-    command = [sys.executable, "-m", "vfsmap.testing.serve", str(pool), str(mountpoint), options]
+    arguments = [str(pool), str(mountpoint), options, str(user)]
+    command = [sys.executable, "-m", "vfsmap.testing.serve", *arguments]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
-        user=user or None,
-        group=user or None,
-        extra_groups=[] if user else None,
     ) as process:
-        server = Server(process, mountpoint)
+        server = Server(process, pool, mountpoint)
         try:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
@@ -166,7 +176,11 @@ def _fail_on_a_bug(*_: object, **__: object) -> NoReturn:
 
 def main() -> None:
     """Serve until told to stop."""
-    path, mountpoint, options = sys.argv[1:]
+    path, mountpoint, options, user = sys.argv[1:]
+    if int(user):  # not earlier: somebody else may not even read the interpreter
+        os.setgroups([])
+        os.setresgid(int(user), int(user), int(user))
+        os.setresuid(int(user), int(user), int(user))
     words = [word for word in options.split(",") if word]
     trio.run(_serve, Path(path), Path(mountpoint), MountOptions.parse(words))
 
