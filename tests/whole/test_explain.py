@@ -143,7 +143,7 @@ def test_a_window_from_elsewhere_is_explained_by_its_extents() -> None:
     ((offset, length, reason),) = reasons(found)
     assert (offset, length) == (4 * MIB, 4 * MIB)
     assert "do not agree" in reason
-    assert "user.vfsmap.align" in str(found.findings[-1].mend)
+    assert "vfsmap map --level 2M" in str(found.findings[-1].mend)
 
 
 def test_json_has_everything_that_the_text_has(tmp_path: Path) -> None:

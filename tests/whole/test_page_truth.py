@@ -158,6 +158,26 @@ def test_each_windows_page_sizes_are_as_planned(file: Held, shape: str, kind: st
         )
 
 
+HUGE_BYTES = {
+    "all of it": SIZE,
+    "a few bytes in the middle": 2 * MIB,
+    "a length that ends inside a unit": 6 * MIB,
+    "an extent that ends inside a unit": 4 * MIB,
+    "a start that is not aligned": 6 * MIB,
+    "one page": 0,
+    "a hole in front and behind": 4 * MIB,
+    "two colours": 4 * MIB,
+    "many short extents": 0,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_huge_pages_all_that_can_be_huge_is(huge: Held, shape: str) -> None:
+    extents, offset, length = SHAPES[shape]
+    with Window(huge.fd, extents, length, huge.medium, offset=offset) as window:
+        assert touched(window)[PMD.size] == HUGE_BYTES[shape]
+
+
 def test_a_gigabyte_page_is_one_entry() -> None:
     try:
         with held("hugetlbfs-1G") as found:

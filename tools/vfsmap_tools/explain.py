@@ -28,6 +28,7 @@ from vfsmap_tools.console import (
     print_table,
 )
 from vfsmap_tools.fiemap import data_ranges, placed_extents
+from vfsmap_tools.mounts import mounted_pools
 
 _SOCKET: Final = "user.vfsmap.socket"
 _THP: Final = Path("/sys/kernel/mm/transparent_hugepage")
@@ -209,7 +210,6 @@ def _findings(window: Window, kind: str, path: Path) -> Iterator[Finding]:
 def _mend(reason: Reason, window: Window, kind: str, path: Path) -> str:
     """Return the command or the option that would give larger pages."""
     again = f"cp {path} {path}.new && mv {path}.new {path}"
-    where = _mount_point(path)
     match reason:
         case Reason.CACHE if kind.startswith("fuse"):
             return "map it through its daemon as root or in its group: the pool itself is huge"
@@ -220,13 +220,22 @@ def _mend(reason: Reason, window: Window, kind: str, path: Path) -> str:
                 "into a pool"
             )
         case Reason.POLICY:
+            where = _mount_point(_pool_of(path) if window.direct else path)
             return f"mount -o remount,huge=always {where}, then {again}"
-        case Reason.SPLIT if not window.direct:
+        case Reason.SPLIT:
             return again
         case Reason.END if not window.direct:
             return f"truncate -s %2M {path}, if zeros at its end do no harm"
+        case Reason.END | Reason.SHORT | Reason.COLOUR if window.direct:
+            return f"vfsmap map --level 2M {path} moves it into units of its own"
         case _:
             return remedy(reason)
+
+
+def _pool_of(path: Path) -> Path:
+    """Return the pool that the file is in; without one, the file."""
+    parents = path.resolve().parents
+    return next((m.pool for m in mounted_pools() if m.directory in parents), path)
 
 
 def _mount_point(path: Path) -> Path:
@@ -261,9 +270,10 @@ def _plain(found: Explanation) -> dict[str, Any]:
 
 
 def _print(found: Explanation) -> None:
-    kind = "the pool itself" if found.direct else "the kernel's page cache"
-    if found.medium["name"] in ("tmpfs", "hugetlbfs"):
-        kind = f"{found.medium['name']}'s own pages"
+    name = found.medium["name"]
+    kind = "the kernel's page cache" if name == "page cache" else f"the pages of {name} themselves"
+    if found.direct:
+        kind = f"the pool itself, on {name}"
     largest = found.medium["largest"]
     assert isinstance(largest, int)
     print(f"{found.path}: {format_size(found.size)} on {found.filesystem}")
