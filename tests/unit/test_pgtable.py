@@ -282,3 +282,11 @@ def test_copy_on_write_of_small_entries_by_a_large_page_joins_them() -> None:
     table.map(0, 0, 4 * MIB, Bits.USER, limit=PTE)
     table.copy_on_write(PAGE, PAGE, lambda length, align: GIB, PMD)
     assert [run.level for run in table.runs()] == [PMD, PTE]
+
+
+def test_the_copy_of_a_special_page_is_a_normal_one() -> None:
+    table = PageTable(X86_64)
+    table.map(0, 0, 4 * MIB, Bits.USER | Bits.SPECIAL)
+    table.copy_on_write(0, 1, lambda length, align: GIB)
+    assert table.normal_page(0) == GIB
+    assert table.normal_page(2 * MIB) is None

@@ -178,6 +178,15 @@ def test_on_huge_pages_all_that_can_be_huge_is(huge: Held, shape: str) -> None:
         assert touched(window)[PMD.size] == HUGE_BYTES[shape]
 
 
+def test_blocks_over_a_window_that_is_not_aligned_are_huge_inside(huge: Held) -> None:
+    extents, _, length = SHAPES["a start that is not aligned"]
+    with PrivateWindow(huge.fd, extents, length, huge.medium, cow=PMD) as window:
+        plan = window.plan()
+        assert window.own(0, length) == length == anonymous(window)
+        plan.own(window.layout.skip, length, PMD)
+        assert window.page_sizes() == plan.page_sizes() == {PMD.size: 6 * MIB, PAGE: 2 * MIB}
+
+
 def test_a_gigabyte_page_is_one_entry() -> None:
     try:
         with held("hugetlbfs-1G") as found:
