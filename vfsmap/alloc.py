@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from sortedcontainers import SortedDict, SortedList
 
-from vfsmap.errors import NoSpace
+from vfsmap.errors import Invalid, NoSpace
 from vfsmap.units import LEVELS, PTE, Level, align_down, align_up, format_size, require_aligned
 
 
@@ -33,6 +33,13 @@ class _Fragments:
         self.by_length.remove((end - start, start))
         return end
 
+    def overlapping(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the fragments, as start and end, that have a byte in the range."""
+        before = self.by_start.bisect_right(start) - 1
+        least = self.by_start.keys()[before] if before >= 0 else None
+        found = ((at, self.by_start[at]) for at in self.by_start.irange(least, end, (True, False)))
+        return [(first, last) for first, last in found if last > start]
+
     def smallest(self, length: int) -> int | None:
         """Return the start of the smallest fragment of at least ``length`` bytes."""
         at = self.by_length.bisect_left((length, 0))
@@ -46,13 +53,15 @@ class Allocator:
         self._levels = levels
         self._fragments = [_Fragments() for _ in levels]
         self.free_bytes = 0
-        self.promoted: list[tuple[int, int]] = []
-        """Runs of whole units that came together since somebody last emptied this list."""
+        self.promoted: dict[int, int] = {}
+        """Starts and lengths of runs of whole units that came together since this was emptied."""
 
     def allocate(
         self, length: int, level: Level = PTE, *, goal: int | None = None, minimum: int = 0
     ) -> tuple[int, int]:
         """Take a run and return its start and length.
+
+        A run that starts or ends inside a unit of a larger level does not reach over its border.
 
         Args:
             length: bytes wanted, a multiple of the level's size.
@@ -62,9 +71,11 @@ class Allocator:
                 ``length``; 0 asks for all or nothing.
 
         Raises:
-            NotAligned: ``length`` is not a multiple of the level's size.
+            NotAligned, Invalid: ``length`` is not a multiple of the level's size, or not above 0.
             NoSpace: there is no such run.
         """
+        if length <= 0:
+            raise Invalid(f"a run can't have {length} bytes")
         require_aligned("length", length, level.size)
         row = self._levels.index(level)
         found = self._at_goal(goal, row, length, minimum or length) or self._fit(length, row)
@@ -94,27 +105,25 @@ class Allocator:
         """Take whatever is free in this range, and return the runs taken."""
         taken = []
         for fragments in self._fragments:
-            at = max(fragments.by_start.bisect_right(start) - 1, 0)
-            for first, last in list(fragments.by_start.items()[at:]):
-                if first >= start + length:
-                    break
-                inside = max(first, start), min(last, start + length)
-                if inside[0] < inside[1]:
-                    fragments.remove(first)
-                    taken.append((inside[0], inside[1] - inside[0]))
-                    for a, b in ((first, inside[0]), (inside[1], last)):
-                        if a < b:
-                            self._insert(a, b, 0)
+            for first, last in fragments.overlapping(start, start + length):
+                fragments.remove(first)
+                a, b = max(first, start), min(last, start + length)
+                taken.append((a, b - a))
+                if first < a:
+                    self._insert(first, a, 0)
+                if b < last:
+                    self._insert(b, last, 0)
         self.free_bytes -= sum(run[1] for run in taken)
         return taken
 
-    def has_units(self, start: int, length: int) -> bool:
-        """Tell whether the run is free, and in whole units of a level above the smallest."""
-        for fragments in self._fragments[1:]:
-            at = fragments.by_start.bisect_right(start) - 1
-            if at >= 0 and start + length <= fragments.by_start.peekitem(at)[1]:
-                return True
-        return False
+    def free_units(self, start: int, length: int) -> list[tuple[int, int]]:
+        """Return what is free in this range, in whole units of a level above the smallest."""
+        end = start + length
+        return [
+            (max(first, start), min(last, end) - max(first, start))
+            for fragments in self._fragments[1:]
+            for first, last in fragments.overlapping(start, end)
+        ]
 
     def largest(self, level: Level) -> int:
         """Return the length of the largest run that starts at a multiple of the level's size."""
@@ -147,7 +156,7 @@ class Allocator:
             return
         if first < last:
             if row == 0:
-                self.promoted.append((first, last - first))
+                self.promoted[first] = max(last - first, self.promoted.get(first, 0))
             self._insert(first, last, row + 1)
         if start < first:
             self._merge(start, first, row)
