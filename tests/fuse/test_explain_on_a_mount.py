@@ -11,8 +11,8 @@ import pytest
 from vfsmap.mapping.overlay import PrivateWindow
 from vfsmap.mapping.window import Window
 from vfsmap.pmem.medium import detect
+from vfsmap.testing.commands import served_pool, vfsmap
 from vfsmap.testing.media import hugetlbfs, tmpfs
-from vfsmap.testing.server import served_pool, vfsmap
 from vfsmap.units import KIB, MIB, PMD, PTE, Extent
 from vfsmap_tools.explain import explain_file
 
