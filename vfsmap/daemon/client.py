@@ -1,35 +1,49 @@
-"""The client: from a path to a window, with the daemon where it can be, else by the page cache."""
+"""The client's side of the wire: blocking calls with descriptors, from any thread.
+
+Windows are closed wherever the garbage collector pleases, so also in the middle of a call of the
+same thread; a lease is therefore given back at once where that is possible, and else by whoever is
+using the connection at that moment.
+"""
 
 import array
 import os
 import socket
-import stat
+import struct
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from vfsmap.daemon.varlink import INTERFACE, Call, Reply, decode_reply, encode, error_of
-from vfsmap.errors import (
-    DaemonUnreachable,
-    Denied,
-    Invalid,
-    NotFound,
-    ProtocolError,
-    Unsupported,
-    VfsmapError,
+import msgspec
+
+from vfsmap.daemon.varlink import (
+    INTERFACE,
+    KERNEL_DESCRIPTORS_MAX,
+    REPLY_MAX,
+    Call,
+    Framer,
+    Message,
+    RawReply,
+    decode,
+    encode,
+    encode_parameters,
+    error_of,
 )
-from vfsmap.mapping.window import Window
-from vfsmap.pmem import Commit, Medium, detect
-from vfsmap.units import PTE, Extent, Level, align_down, align_up, format_size
+from vfsmap.errors import DaemonUnreachable, Invalid, NotFound, ProtocolError, VfsmapError
+from vfsmap.pmem import Commit, Medium
 
 SOCKET_XATTR: Final = "user.vfsmap.socket"
-_DESCRIPTORS_MAX: Final = 8
-_RECEIVE: Final = 1 << 20
+_RECEIVE: Final = 1 << 18
+_FILESYSTEM_TYPE: Final = "fuse.vfsmap"
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
+_UCRED: Final = struct.Struct("3i")
 
 
 class Client:
-    """A connection to a mapping daemon; for one call at a time, from any thread."""
+    """A connection to a mapping daemon."""
 
     def __init__(self, path: str | Path) -> None:
         """Connect.
@@ -38,9 +52,12 @@ class Client:
             DaemonUnreachable: nobody listens there.
         """
         self.path = Path(path)
+        self.distrust = ""
+        """Why the daemon does not trust this process, once it has said so."""
         self._lock = threading.Lock()
+        self._releases: deque[int] = deque()
+        self._framer = Framer(REPLY_MAX, KERNEL_DESCRIPTORS_MAX)
         self._socket = socket.socket(socket.AF_UNIX)
-        self._rest = b""
         try:
             self._socket.connect(str(path))
         except OSError as exc:
@@ -48,6 +65,14 @@ class Client:
             raise DaemonUnreachable(
                 f"no mapping daemon answers on {path}: {exc.strerror}; is the pool still mounted?"
             ) from exc
+        _all_clients.add(self)
+
+    @property
+    def server_uid(self) -> int:
+        """The user that the daemon runs as."""
+        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        uid: int = _UCRED.unpack(raw)[1]
+        return uid
 
     def call(
         self, method: str, descriptors: tuple[int, ...] = (), **parameters: Any
@@ -57,24 +82,77 @@ class Client:
         Raises:
             VfsmapError: what the daemon answered.
             DaemonUnreachable: it has gone away.
+            ProtocolError: what it answered makes no sense.
         """
         with self._lock:
-            self._send(Call(f"{INTERFACE}.{method}", parameters), descriptors)
-            reply, received = self._receive()
-        if reply.error:
-            _close_all(received)
-            raise error_of(reply)
-        return reply.parameters, received
+            reply, received = self._exchange(method, descriptors, parameters)
+        self._release_pending()
+        try:
+            result = msgspec.json.decode(reply.parameters)
+            if reply.error:
+                raise error_of(reply.error, result)
+        except BaseException:
+            close_all(received)
+            raise
+        return result, received
+
+    def release(self, lease: int) -> None:
+        """Give a lease back, now or when the call that is under way has ended; never fails."""
+        self._releases.append(lease)
+        self._release_pending()
+
+    def _release_pending(self) -> None:
+        # whoever adds a lease while the lock is taken leaves it to its owner, who looks afterwards
+        while self._releases and self._lock.acquire(blocking=False):
+            try:
+                _, received = self._exchange("Release", (), {"lease": self._releases.popleft()})
+                close_all(received)
+            except (VfsmapError, IndexError):  # the daemon is gone, and its leases with it
+                self._releases.clear()
+            finally:
+                self._lock.release()
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield what happens, from now on; this connection is good for nothing else afterwards."""
+        """Yield what happens, from now on; this connection is good for nothing else afterwards.
+
+        Raises:
+            VfsmapError: what the daemon answered.
+            DaemonUnreachable: it has gone away.
+        """
         with self._lock:
             self._send(Call(f"{INTERFACE}.Events", more=True), ())
             while True:
-                reply, _ = self._receive()
+                message = self._receive()
+                close_all(message.descriptors)
+                reply = decode(message.raw, RawReply)
+                parameters = msgspec.json.decode(reply.parameters)
                 if reply.error:
-                    raise error_of(reply)
-                yield reply.parameters["event"]
+                    raise error_of(reply.error, parameters)
+                yield parameters["event"]
+
+    def is_alive(self) -> bool:
+        """Tell whether the daemon has kept this connection, and so the leases on it."""
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _exchange(
+        self, method: str, descriptors: tuple[int, ...], parameters: dict[str, Any]
+    ) -> tuple[RawReply, list[int]]:
+        try:
+            self._send(Call(f"{INTERFACE}.{method}", encode_parameters(parameters)), descriptors)
+            message = self._receive()
+        except BaseException:
+            self.close()  # a reply that nobody waits for must not answer the next call
+            raise
+        try:
+            return decode(message.raw, RawReply), message.descriptors
+        except ProtocolError:
+            close_all(message.descriptors)
+            raise
 
     def _send(self, call: Call, descriptors: tuple[int, ...]) -> None:
         ancillary = []
@@ -82,33 +160,28 @@ class Client:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         data = memoryview(encode(call))
         try:
-            sent = self._socket.sendmsg([data], ancillary)
+            sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
             if sent < len(data):
                 self._socket.sendall(data[sent:])
         except OSError as exc:
             raise self._gone() from exc
 
-    def _receive(self) -> tuple[Reply, list[int]]:
-        descriptors: list[int] = []
-        room = socket.CMSG_SPACE(_DESCRIPTORS_MAX * 4)
-        data = self._rest
-        try:
-            while b"\0" not in data:
-                piece, ancillary, _, _ = self._socket.recvmsg(
-                    _RECEIVE, room, socket.MSG_CMSG_CLOEXEC
+    def _receive(self) -> Message:
+        while (message := self._framer.next()) is None:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    _RECEIVE, _ROOM, socket.MSG_CMSG_CLOEXEC
                 )
-                for level, kind, raw in ancillary:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        fds = array.array("i")
-                        fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-                        descriptors += fds
-                if not piece:
-                    raise self._gone()
-                data += piece
-        except OSError as exc:
-            raise self._gone() from exc
-        raw_reply, _, self._rest = data.partition(b"\0")
-        return decode_reply(raw_reply), descriptors
+            except OSError as exc:
+                raise self._gone() from exc
+            found = array.array("i")
+            for level, kind, raw in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    found.frombytes(raw[: len(raw) - len(raw) % found.itemsize])
+            self._framer.feed(data, found)
+            if not data:
+                raise self._gone()
+        return message
 
     def _gone(self) -> DaemonUnreachable:
         return DaemonUnreachable(f"the mapping daemon on {self.path} has gone away; mount again")
@@ -116,48 +189,71 @@ class Client:
     def close(self) -> None:
         """Hang up; leases that are not released end when nobody maps their bytes any more."""
         self._socket.close()
+        close_all(self._framer.abandon())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self.close()
+
+    def forget_parent(self) -> None:
+        """Let go, in a forked child: the connection and its leases are the parent's."""
+        self._lock = threading.Lock()
+        self._releases.clear()
+        self.close()
 
 
-class _Clients:
+class Clients:
     """The connections of this process, one for each mount."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_device: dict[int, Client] = {}
-        # a child must not talk on its parent's connections; their sockets go with its exec or exit
-        os.register_at_fork(after_in_child=self._forget)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Start anew, in a forked child."""
         self._lock = threading.Lock()
         self._by_device = {}
 
-    def get(self, path: str) -> Client | None:
+    def get(self, path: str, device: int) -> Client | None:
         """Return the connection to the daemon of a file's mount, or None: there is none.
 
         Raises:
             DaemonUnreachable: there should be one, but it does not answer.
-            OSError: there is no such file.
         """
-        device = os.stat(path).st_dev  # the kernel knows it; no request is sent
         client = self._by_device.get(device)
         if client is None:
-            address = socket_of(path)
-            if address is None:
-                return None
-            client = Client(address)
-            with self._lock:
-                client = self._by_device.setdefault(device, client)
+            client = _find(path, device)
+            if client is not None:
+                with self._lock:
+                    client = self._by_device.setdefault(device, client)  # else: another thread's
         return client
 
     def drop(self, client: Client) -> None:
         """Forget a connection that is broken."""
+        client.close()
         with self._lock:
             for device, known in list(self._by_device.items()):
                 if known is client:
                     del self._by_device[device]
 
 
-_clients = _Clients()
+_all_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
+clients: Final = Clients()
+
+
+def _in_child() -> None:
+    for client in list(_all_clients):
+        client.forget_parent()
+    clients.forget()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def socket_of(path: str | Path) -> Path | None:
@@ -172,181 +268,68 @@ def connect(path: str | Path) -> Client:
     """Return a new connection to the daemon of the mount that holds ``path``.
 
     Raises:
+        NotFound: there is no such file.
         Invalid: no pool is mounted there.
         DaemonUnreachable: its daemon does not answer.
     """
-    if not Path(path).exists():
-        raise NotFound(f"{path} does not exist")
-    address = socket_of(path)
-    if address is None:
+    try:
+        device = os.stat(path).st_dev
+    except OSError as exc:
+        raise NotFound(f"{path}: {exc.strerror}") from exc
+    client = _find(path, device)
+    if client is None:
         raise Invalid(f"{path} is not on a mounted pool")
-    return Client(address)
+    return client
 
 
-def map(  # noqa: A001  # vfsmap.map says what it does
-    path: str | os.PathLike[str],
-    *,
-    writable: bool = False,
-    offset: int = 0,
-    length: int | None = None,
-    level: Level | None = None,
-    populate: bool = False,
-    direct: bool | None = None,
-    sealed: bool = False,
-) -> Window:
-    """Map a range of a file; the file's own pool bytes where that can be had.
+def _find(path: str | Path, device: int) -> Client | None:
+    """Connect to the daemon of a file's mount.
 
-    Args:
-        path: a file; on a mounted pool its daemon is asked, elsewhere the page cache is mapped.
-        writable: map for reading and writing.
-        offset: where the range starts, bytes.
-        length: bytes; None: up to the file's end.
-        level: the smallest page-table entries to accept.
-        populate: touch every page first.
-        direct: True demands the pool itself, False the page cache; None takes what can be had.
-        sealed: nobody can unmap, remap or unprotect the window before the process ends.
+    The attribute that names its socket could be anybody's on another file system, and so could be
+    the socket: it is believed on a mounted pool only, and of the user that mounted it or of root.
+    """
+    mounter = mounter_of(device)
+    address = socket_of(path) if mounter is not None else None
+    if address is None:
+        return None
+    client = Client(address)
+    if client.server_uid not in (0, mounter, os.geteuid()):
+        client.close()
+        raise DaemonUnreachable(
+            f"{address} belongs to user {client.server_uid}, but the pool was mounted by user "
+            f"{mounter}; mount it again"
+        )
+    return client
+
+
+def mounter_of(device: int) -> int | None:
+    """Return the user that mounted the pool with this device number, or None: it is no pool."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in _MOUNTINFO.read_text().splitlines():
+        fields = line.split(" ")
+        if fields[2] == wanted:
+            kind, _, options = fields[fields.index("-") + 1 :][:3]
+            if kind != _FILESYSTEM_TYPE:
+                return None
+            users = [o.removeprefix("user_id=") for o in options.split(",") if "user_id=" in o]
+            return int(users[0]) if users else 0
+    return None
+
+
+def medium_of(medium: dict[str, Any]) -> Medium:
+    """Return the medium that a daemon has described.
 
     Raises:
-        Unsupported: ``level`` or ``direct`` can't be had; the message says why.
-        NotFound, Denied, Invalid, Busy, NoSpace, Sealed: as the file system or the daemon says.
+        ProtocolError: the description makes no sense.
     """
-    name = os.fspath(path)
-    if sealed and writable:
-        raise Invalid(
-            "only a read window can be sealed: writable=True does not go with sealed=True"
-        )
-    fd, client = _open(name, writable=writable, wanted=direct)
     try:
-        if client is not None:
-            try:
-                return _map_direct(
-                    client, fd, writable=writable, offset=offset, length=length, level=level,
-                    populate=populate, sealed=sealed,
-                )  # fmt: skip
-            except Denied as exc:
-                if direct or level not in (None, PTE):
-                    raise Unsupported(f"{name} can't be mapped directly: {exc}") from exc
-        elif direct:
-            raise Unsupported(f"{name} can't be mapped directly: it is not on a mounted pool")
-        return _map_cached(
-            fd, name, writable=writable, offset=offset, length=length, level=level,
-            populate=populate, sealed=sealed,
-        )  # fmt: skip
-    finally:
-        os.close(fd)
+        commit = Commit(medium["commit"])
+        return Medium(medium["name"], commit, medium["page_size"], medium["huge"])
+    except (KeyError, ValueError) as exc:
+        raise ProtocolError(f"the daemon's medium makes no sense: {medium}") from exc
 
 
-def _open(name: str, *, writable: bool, wanted: bool | None) -> tuple[int, Client | None]:
-    """Open a file; uncached where a window will store into it behind the mount's cache."""
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
-    try:
-        client = None if wanted is False else _clients.get(name)
-        if client is not None and writable:
-            flags |= os.O_DIRECT | os.O_DSYNC  # both together tell the mount not to cache
-        return os.open(name, flags), client
-    except OSError as exc:
-        raise _refused(exc, name) from exc
-
-
-def _map_direct(
-    client: Client,
-    fd: int,
-    *,
-    writable: bool,
-    offset: int,
-    length: int | None,
-    level: Level | None,
-    populate: bool,
-    sealed: bool,
-) -> Window:
-    wanted: dict[str, Any] = {"file": 0, "offset": offset}
-    if length is not None:
-        wanted["length"] = length
-    if writable:
-        wanted["writable"] = True
-    if level is not None:
-        wanted["level"] = level.size
-    try:
-        answer, descriptors = client.call("Map", (fd,), **wanted)
-    except DaemonUnreachable:
-        _clients.drop(client)
-        raise
-    try:
-        medium = answer["medium"]
-        lease = answer["lease"]
-        window = Window(
-            descriptors[answer["pool"]],
-            [Extent(**extent) for extent in answer["extents"]],
-            answer["length"],
-            Medium(medium["name"], Commit(medium["commit"]), medium["page_size"], medium["huge"]),
-            offset=offset,
-            writable=writable,
-            populate=populate,
-            sealed=sealed,
-            direct=True,
-            on_close=lambda: _release(client, lease),
-            on_publish=lambda: _publish(client, lease),
-        )
-    except (KeyError, IndexError, TypeError, ValueError) as exc:
-        raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
-    finally:
-        _close_all(descriptors)
-    return window
-
-
-def _release(client: Client, lease: int) -> None:
-    try:
-        client.call("Release", lease=lease)
-    except VfsmapError:  # the daemon is gone, and its leases with it
-        _clients.drop(client)
-
-
-def _publish(client: Client, lease: int) -> None:
-    client.call("Publish", lease=lease)
-
-
-def _map_cached(
-    fd: int,
-    name: str,
-    *,
-    writable: bool,
-    offset: int,
-    length: int | None,
-    level: Level | None,
-    populate: bool,
-    sealed: bool,
-) -> Window:
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise Invalid(f"{name} is not a regular file")
-    length = max(status.st_size - offset, 0) if length is None else length
-    if offset < 0 or length <= 0 or offset + length > status.st_size:
-        raise Invalid(
-            f"{name}: the range {offset}+{length} is not inside the file, "
-            f"which has {status.st_size} bytes"
-        )
-    medium = detect(fd)
-    if level is not None and level.size > medium.page_size:
-        raise Unsupported(
-            f"{name} can't be mapped by entries of {format_size(level.size)}: it is mapped through "
-            f"the page cache, whose entries have {format_size(medium.page_size)}"
-        )
-    start = align_down(offset, medium.page_size)
-    extent = Extent(start, start, align_up(offset + length, medium.page_size) - start)
-    return Window(
-        fd, [extent], length, medium, offset=offset, writable=writable, populate=populate,
-        sealed=sealed, direct=False,
-    )  # fmt: skip
-
-
-def _refused(exc: OSError, name: str) -> VfsmapError:
-    kinds: dict[type[OSError], Callable[[str], VfsmapError]] = {
-        FileNotFoundError: NotFound,
-        PermissionError: Denied,
-    }
-    return kinds.get(type(exc), Invalid)(f"{name}: {exc.strerror}")
-
-
-def _close_all(descriptors: list[int]) -> None:
+def close_all(descriptors: list[int]) -> None:
+    """Close received descriptors."""
     for fd in descriptors:
         os.close(fd)

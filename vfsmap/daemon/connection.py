@@ -1,119 +1,126 @@
-"""One client of the daemon: messages with their descriptors in and out, and limits that hold."""
+"""One client of the daemon: who it is, messages in and replies out, and limits that hold."""
 
 import array
+import math
 import os
-import queue
+import select
 import socket
 import struct
-import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from vfsmap.daemon.varlink import DESCRIPTORS_MAX, MESSAGE_MAX, Reply, encode
-from vfsmap.errors import ProtocolError
-from vfsmap.mapping.lease import Holder
+from vfsmap.daemon.closer import Closer
+from vfsmap.daemon.varlink import (
+    CALL_MAX,
+    DESCRIPTORS_MAX,
+    KERNEL_DESCRIPTORS_MAX,
+    Framer,
+    Message,
+    Reply,
+    encode,
+)
+from vfsmap.errors import Denied, ProtocolError
+from vfsmap.mapping.lease import LEASES_MAX, Holder
 
+_Ready = Callable[[socket.socket], Awaitable[None]]
 _UCRED: Final = struct.Struct("3i")
-_SO_PEERPIDFD: Final = 77  # include/uapi/asm-generic/socket.h, since Linux 6.5
-_SO_PEERGROUPS: Final = 59
-_GROUPS_MAX: Final = 1024
-PATIENCE: Final = 10.0
-"""Seconds that a client may take to finish a message, or to take a reply."""
+_SO_PEERGROUPS: Final = 59  # include/uapi/asm-generic/socket.h
+_SO_PEERPIDFD: Final = 77  # the same, since Linux 6.5
+_GROUPS_MAX: Final = 65536  # NGROUPS_MAX, include/uapi/linux/limits.h
+# room for all that can come at once: what found no room would be closed by the kernel, here and now
+_ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
 
 
-class Closer:
-    """Closes descriptors in a thread.
+@dataclass(frozen=True)
+class Limits:
+    """What a client may take of the daemon."""
 
-    A descriptor of our own mount must not be closed in the loop's thread: close() sends a request
-    that this very loop has to answer.
-    """
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def close(self, fd: int) -> None:
-        """Close a descriptor soon."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
-            self._thread.start()
-        self._queue.put(fd)
-
-    def _run(self) -> None:
-        while True:
-            os.close(self._queue.get())
+    call_max: int = CALL_MAX
+    """Bytes of a call."""
+    descriptors_max: int = DESCRIPTORS_MAX
+    """Descriptors of a call."""
+    patience: float = 10.0
+    """Seconds for a call to arrive whole once it has begun, and for a reply to be taken."""
+    connections_max: int = 512
+    """Connections of all users; those who are not trusted share half of them."""
+    stranger_connections_max: int = 32
+    """Connections of one user who is not trusted."""
+    leases_max: int = LEASES_MAX
+    """Leases of one connection."""
+    events_max: int = 1000
+    """Events that wait for a client that does not read them; the oldest are dropped."""
+    leisure: float = 0.02
+    """Seconds between two calls of a client that is not trusted."""
 
 
-class Message:
-    """A received message and the descriptors that came with it."""
-
-    def __init__(self, raw: bytes, descriptors: list[int], closer: Closer) -> None:
-        self.raw = raw
-        self._descriptors = descriptors
-        self._closer = closer
-
-    def descriptor(self, index: int) -> int:
-        """Return a descriptor, which the message goes on owning.
-
-        Raises:
-            ProtocolError: there is none of that index.
-        """
-        if not 0 <= index < len(self._descriptors):
-            raise ProtocolError(
-                f"descriptor {index} is named, but the message came with {len(self._descriptors)}"
-            )
-        return self._descriptors[index]
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        for fd in self._descriptors:
-            self._closer.close(fd)
-        self._descriptors = []
+DEFAULT_LIMITS: Final = Limits()
 
 
 class Connection:
-    """A connected client."""
+    """A connected client, for one task at a time (one more may wait for it to hang up)."""
 
-    def __init__(self, sock: trio.socket.SocketType, closer: Closer) -> None:
+    def __init__(self, sock: socket.socket, closer: Closer, limits: Limits) -> None:
+        """Take a connected socket over."""
+        sock.setblocking(False)
         self._socket = sock
         self._closer = closer
+        self._limits = limits
+        self._framer = Framer(limits.call_max, limits.descriptors_max)
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, gid = _UCRED.unpack(raw)
+        pid, uid, self.gid = _UCRED.unpack(raw)
         self.holder = Holder(pid, uid)
-        self.groups = {gid, *self._supplementary_groups()}
-        self._buffer = bytearray()
-        self._send_lock = trio.Lock()
-        self._pidfd: int | None = None
+        self._pidfd = -1
+        self.trusted = False
+        """Whether it may have the pool's descriptor; set by whoever decides."""
 
-    def _supplementary_groups(self) -> list[int]:
+    @property
+    def closed(self) -> bool:
+        """Tell whether we have hung up."""
+        return self._socket.fileno() < 0
+
+    def groups(self) -> set[int]:
+        """Return the groups that the client was in when it connected."""
         groups = array.array("I")
         try:
             raw = self._socket.getsockopt(
                 socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * groups.itemsize
             )
-        except OSError:  # more groups than that, or an old kernel: those are not trusted
-            return []
+        except OSError:  # a kernel before 4.13
+            return {self.gid}
         groups.frombytes(raw)
-        return list(groups)
+        return {self.gid, *groups}
 
     def watch_process(self) -> None:
-        """Take hold of the client's process, while it is surely there."""
-        if self._pidfd is None:
-            try:
-                raw = self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
-                self._pidfd = int.from_bytes(raw, "little")
-            except OSError:  # a kernel before 6.5
-                self._pidfd = os.pidfd_open(self.holder.pid)
+        """Take hold of the client's process, while it is surely there.
 
-    async def process_ended(self) -> None:
-        """Return when the client's process is gone."""
-        if self._pidfd is not None:
-            pidfd, self._pidfd = self._pidfd, None
+        Raises:
+            Denied: it can't be watched, so nobody would know when it has ended.
+        """
+        if self._pidfd >= 0:
+            return
+        try:
+            raw = self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+            self._pidfd = int.from_bytes(raw, "little")
+        except OSError:  # a kernel before 6.5, or the process is gone
             try:
-                await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
+                self._pidfd = os.pidfd_open(self.holder.pid)
+            except OSError as exc:
+                raise Denied(
+                    f"process {self.holder.pid} can't be watched ({exc.strerror}), so it gets no "
+                    f"lease; connect from the process that maps"
+                ) from exc
+
+    def process_has_ended(self) -> bool:
+        """Tell whether the client's process is gone, if it is watched."""
+        if self._pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     async def receive(self) -> Message | None:
         """Return the next message, or None when the client has hung up.
@@ -121,44 +128,45 @@ class Connection:
         Raises:
             ProtocolError: the message is too large, too slow, or brings too many descriptors.
         """
-        descriptors: list[int] = []
-        try:
-            with trio.CancelScope() as scope:
-                while True:
-                    # a read never crosses the end of a message, so that what comes with it is its
-                    peeked = await self._socket.recv(MESSAGE_MAX, socket.MSG_PEEK)
-                    end = peeked.find(b"\0") + 1
-                    await self._read(end or len(peeked), descriptors)
-                    if end or not peeked:
-                        break
-                    if len(self._buffer) >= MESSAGE_MAX:
-                        raise ProtocolError(f"a message of more than {MESSAGE_MAX} bytes")
-                    scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE)
-            if scope.cancelled_caught:
-                raise ProtocolError(f"a message took longer than {PATIENCE:.0f} seconds")
-        except BaseException:
-            Message(b"", descriptors, self._closer).close()
-            raise
-        raw = bytes(self._buffer)
-        self._buffer.clear()
-        if not raw.endswith(b"\0"):
-            Message(b"", descriptors, self._closer).close()
-            return None
-        return Message(raw[:-1], descriptors, self._closer)
+        message = self._framer.next()
+        if message is not None:
+            await trio.lowlevel.checkpoint()  # a client that sends many at once takes its turns
+            return message
+        deadline = math.inf
+        while message is None:
+            if self.closed:
+                return None
+            if deadline == math.inf and self._framer.has_part:
+                deadline = trio.current_time() + self._limits.patience
+            await self._wait(trio.lowlevel.wait_readable, deadline, "a call did not arrive whole")
+            if not self._read():
+                return None
+            message = self._framer.next()
+        return message
 
-    async def _read(self, length: int, descriptors: list[int]) -> None:
-        room = socket.CMSG_SPACE(DESCRIPTORS_MAX * 4)
-        data, ancillary, flags, _ = await self._socket.recvmsg(
-            max(length, 1), room, socket.MSG_CMSG_CLOEXEC
-        )
-        self._buffer += data
-        for level, kind, raw in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array.array("i")
-                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-                descriptors += fds
-        if flags & socket.MSG_CTRUNC or len(descriptors) > DESCRIPTORS_MAX:
-            raise ProtocolError(f"a message with more than {DESCRIPTORS_MAX} descriptors")
+    def _read(self) -> bool:
+        """Read once; False: the client has hung up."""
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                self._limits.call_max, _ROOM, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        self._framer.feed(data, descriptors_in(ancillary))
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError("descriptors that this process has no room for")
+        return bool(data)
+
+    async def _wait(self, ready: _Ready, deadline: float, what: str) -> None:
+        if deadline == math.inf:
+            await ready(self._socket)
+            return
+        with trio.CancelScope(deadline=deadline) as scope:
+            await ready(self._socket)
+        if scope.cancelled_caught:
+            raise ProtocolError(f"{what} within {self._limits.patience:g} seconds")
 
     async def send(self, reply: Reply, descriptors: tuple[int, ...] = ()) -> None:
         """Send a reply; the descriptors stay the caller's.
@@ -171,18 +179,43 @@ class Connection:
         ancillary = []
         if descriptors:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-        async with self._send_lock:
-            with trio.move_on_after(PATIENCE) as scope:
-                sent = await self._socket.sendmsg([data], ancillary)
-                while sent < len(data):
-                    sent += await self._socket.send(data[sent:])
-        if scope.cancelled_caught:
-            raise ProtocolError(f"a reply was not taken within {PATIENCE:.0f} seconds")
+        deadline = math.inf
+        while data:
+            try:
+                sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                sent = 0
+            if sent:
+                ancillary = []
+                data = data[sent:]
+            if data:
+                if deadline == math.inf:
+                    deadline = trio.current_time() + self._limits.patience
+                await self._wait(trio.lowlevel.wait_writable, deadline, "a reply was not taken")
 
     async def wait_hangup(self) -> None:
         """Return when the client has hung up, or says something out of turn."""
-        await self._socket.recv(1, socket.MSG_PEEK)
+        if self._framer.is_empty:
+            await trio.lowlevel.wait_readable(self._socket)
 
     def close(self) -> None:
-        """Hang up."""
-        self._socket.close()
+        """Hang up; what came and was not taken is closed."""
+        if self.closed:
+            return
+        trio.lowlevel.notify_closing(self._socket)
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        # descriptors may wait in the socket, unread: they are closed with it
+        self._closer.close(self.holder.uid, [*self._framer.abandon(), self._socket.detach()])
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors among what recvmsg(2) returned beside the data."""
+    found = array.array("i")
+    for level, kind, raw in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(raw[: len(raw) - len(raw) % found.itemsize])
+    return found.tolist()

@@ -1,16 +1,19 @@
-"""Granting: what has to be so before a client may map a range, and when its lease has ended."""
+"""Granting: what has to be so before a client may map a range."""
 
 import os
 from collections.abc import Awaitable, Callable
 
 import trio
 
-from vfsmap.errors import Busy, Invalid, Unsupported
+from vfsmap.daemon.files import require_uncached
+from vfsmap.errors import Invalid, MediumError, TooManyMappings, Unsupported
 from vfsmap.fs import FileSystem, Inode
-from vfsmap.mapping.lease import Holder, Lease, LeaseTable
-from vfsmap.pmem.procmaps import Scan
+from vfsmap.mapping.layout import merge
+from vfsmap.mapping.lease import LEASES_MAX, Holder, Lease, LeaseTable
 from vfsmap.units import LEVELS, MIB, PMD, Extent, Level, align_down, align_up, format_size
 
+EXTENTS_MAX = 65_000
+"""Pieces that one lease has at most; vm.max_map_count is 65,530 unless somebody raised it."""
 _SLICE = 32 * MIB
 """What is allocated before other requests get their turn."""
 
@@ -18,9 +21,16 @@ _SLICE = 32 * MIB
 class Grants:
     """The leases on the files of one pool."""
 
-    def __init__(self, fs: FileSystem, sync: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        sync: Callable[[], Awaitable[None]],
+        *,
+        leases_max: int = LEASES_MAX,
+    ) -> None:
         self._fs = fs
         self._sync = sync
+        self._leases_max = leases_max
         self.leases = LeaseTable()
 
     async def grant(
@@ -33,91 +43,118 @@ class Grants:
         length: int | None,
         writable: bool,
         level: int,
-    ) -> tuple[Lease, list[Extent]]:
+    ) -> Lease:
         """Prepare a range of a file, and record the lease.
 
         Raises:
-            Busy: the file is open through the mount's cache for writing.
-            Sealed, NoSpace, Unsupported, Invalid.
+            Busy: the file is open through the mount's cache for writing, or what had to move is
+                leased.
+            Sealed, NoSpace, Unsupported, Invalid, ReadOnly.
+            NoMemory, TooManyMappings: the holder has too much already, or would.
 
         Crash: the range may be allocated; there is no lease.
         """
         fs = self._fs
-        inode = fs.unsealed(ino) if writable else fs.file(ino)
-        length = max(inode.size - offset, 0) if length is None else length
-        if offset < 0 or length <= 0 or offset + length > inode.size:
-            raise Invalid(
-                f"the range {offset}+{length} is not inside the file, which has {inode.size} bytes"
-            )
+        self.leases.require_room(holder, self._leases_max)
+        unit = self._unit(level)
         fs.hold(ino)
         try:
             await self._write_back(ino, fd, writable=writable)
-            if not inode.sealed:
-                await self._place(ino, offset, length, level)
-            first, last = self._reach(inode, offset, length)
-            extents = fs.extents(ino, first, last - first)
-            require_level(extents, offset, length, level)
-            if writable and fs.use(ino).cached_writers:
-                raise Busy("the file is open for writing through the mount's cache: close it first")
-            if not inode.sealed:
+            length = self._length(ino, offset, length)
+            if fs.pool.writable and not fs.file(ino).sealed:
+                while not fs.is_allocated(ino, offset, length, level=unit):
+                    await self.allocate(ino, offset, length, unit)
+            # from here on nothing waits, so what is checked is so when the range is pinned
+            self._length(ino, offset, length)
+            if fs.pool.writable:
                 fs.zero_tail(ino)
-            if fs.pool.grouped:
-                await self._sync()
+            if writable:
+                fs.unsealed(ino)
+                require_uncached(fs, ino)
+            first, last = self._reach(fs.file(ino), offset, length, level)
+            extents = list(merge(fs.extents(ino, first, last - first)))
+            require_level(extents, offset, length, level)
+            if len(extents) > EXTENTS_MAX:
+                raise TooManyMappings(
+                    f"the file lies in {len(extents)} pieces there, and one process can map about "
+                    f"{EXTENTS_MAX}; copy it, so that it lies in fewer"
+                )
             pin = fs.pin(ino, first, last - first, writable=writable)
         finally:
             fs.drop(ino)
         lease = self.leases.grant(
             ino, offset, length, writable=writable, holder=holder, extents=extents, pin=pin
         )
-        return lease, extents
+        if writable and fs.pool.grouped:
+            await self._sync()  # what is persisted in a window must be found again in the file
+        return lease
+
+    def _length(self, ino: int, offset: int, length: int | None) -> int:
+        """Return the length of a range, which ends with the file unless a length is given.
+
+        Raises:
+            Invalid: the range is not inside the file.
+        """
+        size = self._fs.file(ino).size
+        length = max(size - offset, 0) if length is None else length
+        if offset + length > size:
+            raise Invalid(
+                f"the range {offset}+{length} is not inside the file, which has {size} bytes; "
+                f"grow it first"
+            )
+        return length
+
+    def _unit(self, level: int) -> Level | None:
+        """Return the units that a range has to lie in, None for any place.
+
+        Raises:
+            Unsupported: no entry maps so many bytes.
+        """
+        page_size = self._fs.pool.pmem.medium.page_size
+        wanted = max(level, page_size)
+        unit = next((one for one in LEVELS if one.size == wanted), None)
+        if unit is None:
+            raise Unsupported(f"no page-table entry maps {format_size(wanted)}")
+        return unit if wanted > LEVELS[0].size else None
 
     async def _write_back(self, ino: int, fd: int | None, *, writable: bool) -> None:
         """Bring what the mount's page cache holds of the file into the pool."""
         if not self._fs.use(ino).cached_writers:
             return  # then there can be no dirty page
         if writable:
-            raise Busy("the file is open for writing through the mount's cache: close it first")
+            require_uncached(self._fs, ino)
         if fd is not None:
-            await trio.to_thread.run_sync(os.fsync, fd)
-
-    async def _place(self, ino: int, offset: int, length: int, level: int) -> None:
-        """Fill holes, and move into units what has to lie in them."""
-        wanted = max(level, self._fs.pool.pmem.medium.page_size)
-        unit = next((lv for lv in LEVELS if lv.size == wanted), None)
-        if level and unit is None:
-            raise Unsupported(f"no entry maps {format_size(wanted)}")
-        if not self._fs.is_allocated(ino, offset, length, level=unit):
-            await self.allocate(ino, offset, length, unit)
+            try:
+                await trio.to_thread.run_sync(os.fsync, fd)
+            except OSError as exc:
+                raise MediumError(f"the mount can't write the file back: {exc.strerror}") from exc
 
     async def allocate(self, ino: int, offset: int, length: int, level: Level | None) -> Inode:
-        """Allocate a range a slice at a time."""
+        """Allocate a range, growing the file if need be, a slice at a time.
+
+        Raises:
+            NoSpace, Busy, Sealed, TooBig, ReadOnly.
+
+        Crash: a first part of the range is allocated.
+        """
         fs = self._fs
         slice_ = max(_SLICE, level.size if level else 0)
         at, end = offset, offset + length
-        while at < end:
+        while True:
             stop = min(align_down(at, slice_) + slice_, end)
-            fs.allocate(ino, at, stop - at, level=level)
+            inode = fs.allocate(ino, at, stop - at, level=level)
             at = stop
+            if at >= end:
+                return inode
             await trio.lowlevel.checkpoint()
-        return fs.file(ino)
 
-    def _reach(self, inode: Inode, offset: int, length: int) -> tuple[int, int]:
+    def _reach(self, inode: Inode, offset: int, length: int, level: int) -> tuple[int, int]:
         """Return the range in whole units, so that the file's end can be huge, too."""
-        unit = max(PMD.size, 1 << inode.align, self._fs.pool.pmem.medium.page_size)
+        pool = self._fs.pool
+        unit = pool.pmem.medium.page_size
+        if pool.writable:  # else there may be anything behind the file's end
+            unit = max(unit, PMD.size, pool.level.size, 1 << inode.align, level)
         return align_down(offset, unit), align_up(offset + length, unit)
-
-    # ends
-
-    def end_unmapped(self, found: Scan) -> int:
-        """End the orphans that nobody maps any more; return how many."""
-        ended = 0
-        for lease in self.leases.orphans():
-            unknown = lease.holder.pid in found.unreadable
-            if not unknown and not any(found.covers(e.start, e.length) for e in lease.extents):
-                self.leases.end(lease)
-                self._fs.unpin(lease.pin)
-                ended += 1
-        return ended
 
 
 def require_level(extents: list[Extent], offset: int, length: int, level: int) -> None:
@@ -126,14 +163,17 @@ def require_level(extents: list[Extent], offset: int, length: int, level: int) -
     Raises:
         Unsupported: they can't; the message says where and why.
     """
-    if not level:
+    if not level or not length:
         return
+    pieces = iter(extents)
+    piece = next(pieces, None)
     for unit in range(align_down(offset, level), offset + length, level):
-        extent = next((e for e in extents if e.offset <= unit < e.offset + e.length), None)
+        while piece is not None and piece.offset + piece.length <= unit:
+            piece = next(pieces, None)
         where = f"file offset {unit:#x} can't be mapped by an entry of {format_size(level)}"
-        if extent is None:
+        if piece is None or piece.offset > unit:
             raise Unsupported(f"{where}: there is a hole")
-        if (extent.start + unit - extent.offset) % level:
+        if (piece.start + unit - piece.offset) % level:
             raise Unsupported(f"{where}: its pool offset is not a multiple of that")
-        if unit + level > extent.offset + extent.length:
+        if unit + level > piece.offset + piece.length:
             raise Unsupported(f"{where}: its extent is shorter")

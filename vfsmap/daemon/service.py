@@ -1,263 +1,133 @@
-"""The daemon's methods, and the socket that they are called over."""
+"""The daemon's methods over one file system, and the task that runs them."""
 
 import grp
-import logging
 import os
-import socket
-import stat
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import trio
 
 import vfsmap
-from vfsmap.daemon.connection import Closer, Connection, Message
-from vfsmap.daemon.files import file_of_descriptor, file_of_path
-from vfsmap.daemon.grants import Grants
-from vfsmap.daemon.varlink import (
-    INTERFACE,
-    SERVICE,
-    SERVICE_DESCRIPTION,
-    Call,
-    Reply,
-    VarlinkError,
-    convert,
-    decode_call,
-    error_reply,
-    interface_description,
+from vfsmap.daemon.calls import (
+    AllocateCall,
+    ExtentsCall,
+    FileCall,
+    LeaseCall,
+    MapCall,
+    Nothing,
+    ViolationCall,
 )
-from vfsmap.errors import Busy, Denied, Invalid, ProtocolError, VfsmapError
+from vfsmap.daemon.closer import Closer
+from vfsmap.daemon.connection import DEFAULT_LIMITS, Connection, Limits
+from vfsmap.daemon.ends import Ends, invalidate, show
+from vfsmap.daemon.events import Events
+from vfsmap.daemon.files import create_file, file_of_descriptor, file_of_path
+from vfsmap.daemon.grants import Grants
+from vfsmap.daemon.listening import listening
+from vfsmap.daemon.server import Answer, Caller, Method, Server
+from vfsmap.errors import Denied, Invalid, Untrusted, VfsmapError
 from vfsmap.fs import FileSystem
+from vfsmap.mapping.layout import merge
 from vfsmap.mapping.lease import Lease
-from vfsmap.pmem.procmaps import Scan, scan
 from vfsmap.units import LEVELS, Extent
 
-log = logging.getLogger("vfsmap.daemon")
-
-CONNECTIONS_MAX: Final = 256
-CONNECTIONS_MAX_PER_USER: Final = 64
-_EVENTS_BUFFERED: Final = 1000
-_RESCAN_INTERVAL: Final = 2.0
-_RESCAN_PAUSE: Final = 0.1
-_ACCEPT_PAUSE: Final = 0.1
-
-
-class FileParameters(msgspec.Struct):
-    """How every method names a file."""
-
-    file: int | None = None
-    path: str | None = None
-
-
-class MapParameters(FileParameters):
-    """Parameters of Map."""
-
-    offset: int | None = None
-    length: int | None = None
-    writable: bool | None = None
-    level: int | None = None
-
-
-class AllocateParameters(FileParameters, kw_only=True):
-    """Parameters of Allocate."""
-
-    offset: int | None = None
-    length: int
-    level: int | None = None
-
-
-class ExtentsParameters(FileParameters):
-    """Parameters of Extents."""
-
-    tree: bool | None = None
-
-
-class LeaseParameters(msgspec.Struct):
-    """Parameters of the methods that name a lease."""
-
-    lease: int
-
-
-class ViolationParameters(LeaseParameters):
-    """Parameters of Violation."""
-
-    detail: str
-
-
-class DescriptionParameters(msgspec.Struct):
-    """Parameters of GetInterfaceDescription."""
-
-    interface: str
+_EXTENTS_REPLIED: Final = 10_000
 
 
 class Service:
-    """The methods of ``io.vfsmap.Mapping`` over one file system."""
+    """The methods of ``io.vfsmap.Mapping``."""
 
     def __init__(
         self,
         fs: FileSystem,
         *,
-        group: str | None,
         sync: Callable[[], Awaitable[None]],
         seal: Callable[[int], Awaitable[object]],
-        mount_device: int | None,
+        group: str | None = None,
+        mount_device: int | None = None,
+        limits: Limits,
     ) -> None:
+        self.methods = {
+            "GetInfo": Method(Nothing, self._get_info),
+            "Map": Method(MapCall, self._map),
+            "Release": Method(LeaseCall, self._release),
+            "Publish": Method(LeaseCall, self._publish),
+            "Extents": Method(ExtentsCall, self._extents),
+            "Allocate": Method(AllocateCall, self._allocate),
+            "Seal": Method(FileCall, self._seal_file),
+            "Leases": Method(Nothing, self._leases),
+            "Violation": Method(ViolationCall, self._violation),
+        }
         self._fs = fs
         self._sync = sync
         self._seal = seal
         self._device = mount_device
         self._group = _group_number(group)
         self._owner = os.fstat(fs.pool.pmem.fd).st_uid
-        self._grants = Grants(fs, sync)
-        self._closer = Closer()
-        self._watchers: set[trio.MemorySendChannel[dict[str, Any]]] = set()
-        self._connections: dict[int, int] = {}
-        self._rescan_wanted = trio.Event()
-        fs.end_stale_pins = self._end_orphans
+        self._grants = Grants(fs, sync, leases_max=limits.leases_max)
+        self._events = Events(limits.events_max)
+        self._ends = Ends(fs, self._grants.leases, self._events)
+        self.tend = self._ends.tend
+        self.hung_up = self._ends.hung_up
         # descriptions of our own: one that shared the lock would keep it when we are gone
-        self._readable = os.open(f"/proc/self/fd/{fs.pool.pmem.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        self._writable = -1
-        if fs.pool.writable:
-            self._writable = os.open(f"/proc/self/fd/{fs.pool.pmem.fd}", os.O_RDWR | os.O_CLOEXEC)
+        pool = f"/proc/self/fd/{fs.pool.pmem.fd}"
+        self._readable = os.open(pool, os.O_RDONLY | os.O_CLOEXEC)
+        self._writable = os.open(pool, os.O_RDWR | os.O_CLOEXEC) if fs.pool.writable else -1
 
     def close(self) -> None:
         """Close the descriptors that are handed out."""
+        self._ends.close()
         for fd in (self._readable, self._writable):
             if fd >= 0:
                 os.close(fd)
 
-    # clients
-
-    async def serve(self, sock: trio.socket.SocketType) -> None:
-        """Serve one client until it hangs up, or breaks a rule, and see its leases out."""
-        connection = Connection(sock, self._closer)
-        uid = connection.holder.uid
-        mine = self._connections.get(uid, 0)
-        if mine >= CONNECTIONS_MAX_PER_USER or sum(self._connections.values()) >= CONNECTIONS_MAX:
-            log.warning("user %d has too many connections", uid)
-            connection.close()
-            return
-        self._connections[uid] = mine + 1
-        try:
-            while message := await connection.receive():
-                try:
-                    await self._answer(connection, message)
-                finally:
-                    message.close()
-        except ProtocolError as exc:
-            log.warning("client %d: %s", connection.holder.pid, exc)
-        except OSError:  # it has hung up in the middle
-            pass
-        except Exception:
-            log.exception("client %d: its connection failed", connection.holder.pid)
-        finally:
-            self._connections[uid] -= 1
-            connection.close()
-        leases = self._grants.leases.held_by(connection.holder)
-        if leases:
-            self._end(connection, leases)
-            await connection.process_ended()
-            self._rescan_wanted.set()
-
-    async def _answer(self, connection: Connection, message: Message) -> None:
-        call = decode_call(message.raw)
-        descriptors: tuple[int, ...] = ()
-        try:
-            if call.method == f"{INTERFACE}.Events":
-                await self._events(connection, call)
-                return
-            parameters, descriptors = await self._dispatch(connection, call, message)
-            reply = Reply(parameters)
-        except (VfsmapError, VarlinkError) as exc:
-            reply = error_reply(exc)
-        except Exception:
-            log.exception("%s failed", call.method)
-            reply = error_reply(VfsmapError("an internal error; the daemon's log has more"))
-        if not call.oneway:
-            await connection.send(reply, descriptors)
-
-    async def _dispatch(
-        self, connection: Connection, call: Call, message: Message
-    ) -> tuple[dict[str, Any], tuple[int, ...]]:
-        interface, _, name = call.method.rpartition(".")
-        if interface == SERVICE:
-            return self._service(name, call), ()
-        if interface != INTERFACE:
-            raise VarlinkError("InterfaceNotFound", interface=interface)
-        if name == "GetInfo":
-            return self._info(connection), ()
-        if name != "Map" and name not in _METHODS:
-            raise VarlinkError("MethodNotFound", method=name)
-        self._require_trusted(connection)
-        if name == "Map":
-            return await self._map(connection, message, convert(call.parameters, MapParameters))
-        kind, handler = _METHODS[name]
-        return await handler(self, connection, message, convert(call.parameters, kind)), ()
-
-    def _service(self, name: str, call: Call) -> dict[str, Any]:
-        if name == "GetInfo":
-            return {
-                "vendor": "vfsmap",
-                "product": "vfsmap mapping daemon",
-                "version": vfsmap.__version__,
-                "url": "",
-                "interfaces": [SERVICE, INTERFACE],
-            }
-        if name == "GetInterfaceDescription":
-            interface = convert(call.parameters, DescriptionParameters).interface
-            known = {SERVICE: lambda: SERVICE_DESCRIPTION, INTERFACE: interface_description}
-            if interface not in known:
-                raise VarlinkError("InterfaceNotFound", interface=interface)
-            return {"description": known[interface]()}
-        raise VarlinkError("MethodNotFound", method=name)
-
     # trust
 
-    def _trusts(self, connection: Connection) -> bool:
+    def trusts(self, connection: Connection) -> bool:
+        """Tell whether a client may have the pool's descriptor."""
         if connection.holder.uid in (0, self._owner):
             return True
         # without a mount the kernel has checked no permission for anybody else
-        return self._device is not None and self._group in connection.groups
+        return self._device is not None and self._group in connection.groups()
 
     def _require_trusted(self, connection: Connection) -> None:
-        if not self._trusts(connection):
-            self._event("refused", connection, detail="not trusted")
-            raise Denied(
+        if not connection.trusted:
+            raise Untrusted(
                 f"user {connection.holder.uid} is not trusted with direct mappings: only root, the "
                 f"pool's owner and the group named by --group are"
             )
 
-    def _file(self, message: Message, wanted: FileParameters, *, writing: bool = False) -> int:
-        if wanted.file is not None and self._device is not None:
-            fd = message.descriptor(wanted.file)
-            return file_of_descriptor(fd, self._device, writing=writing)
-        if wanted.path is not None and self._device is None:
-            return file_of_path(self._fs, wanted.path)
-        how = "path" if self._device is None else "file, the index of a descriptor"
-        raise Invalid(f"this daemon wants the parameter {how}")
+    def _file(self, caller: Caller, wanted: FileCall, *, writing: bool = False) -> int:
+        if self._device is None:
+            if wanted.path is None or wanted.file is not None:
+                raise Invalid("this daemon has no mount: name the file by path, from the root on")
+            return file_of_path(self._fs, wanted.path).ino
+        if wanted.file is None or wanted.path is not None:
+            raise Invalid("name the file by the index of its descriptor, in the parameter file")
+        return file_of_descriptor(caller.descriptor(wanted.file), self._device, writing=writing)
 
     # methods
 
-    def _info(self, connection: Connection) -> dict[str, Any]:
+    async def _get_info(self, caller: Caller, _: Nothing) -> Answer:
         pool = self._fs.pool
-        return {
-            "version": vfsmap.__version__,
-            "pool": str(pool.path),
-            "label": pool.label,
-            "uuid": str(pool.uuid),
-            "size": pool.size,
-            "free": pool.space.free_bytes,
-            "promise": pool.promise.value,
-            "medium": self._medium(),
-            "mounted": self._device is not None,
-            "trusted": self._trusts(connection),
-        }
+        return Answer(
+            {
+                "version": vfsmap.__version__,
+                "pool": str(pool.path),
+                "label": pool.label,
+                "uuid": str(pool.uuid),
+                "size": pool.size,
+                "free": pool.space.free_bytes,
+                "promise": pool.promise.value,
+                "medium": self._medium(),
+                "writable": pool.writable,
+                "mounted": self._device is not None,
+                "trusted": caller.connection.trusted,
+            }
+        )
 
-    def _medium(self) -> dict[str, Any]:
+    def _medium(self) -> dict[str, object]:
         medium = self._fs.pool.pmem.medium
         return {
             "name": medium.name,
@@ -266,207 +136,143 @@ class Service:
             "huge": medium.huge,
         }
 
-    async def _map(
-        self, connection: Connection, message: Message, wanted: MapParameters
-    ) -> tuple[dict[str, Any], tuple[int, ...]]:
-        writable = bool(wanted.writable)
-        connection.watch_process()
+    async def _map(self, caller: Caller, wanted: MapCall) -> Answer:
+        connection = caller.connection
         try:
-            if writable:
-                self._fs.pool.require_writable()
-            ino = self._file(message, wanted, writing=writable)
-            fd = message.descriptor(wanted.file) if wanted.file is not None else None
-            lease, extents = await self._grants.grant(
-                ino,
-                fd,
-                connection.holder,
-                offset=wanted.offset or 0,
-                length=wanted.length,
-                writable=writable,
-                level=wanted.level or 0,
-            )
+            lease = await self._grant(caller, wanted)
         except VfsmapError as exc:
-            self._event("refused", connection, detail=str(exc))
+            self._events.emit("refused", connection.holder, detail=str(exc))
             raise
-        self._event("granted", connection, lease)
-        answer = {
+        self._ends.watch(connection)
+        self._events.emit("granted", connection.holder, lease)
+        parameters = {
             "lease": lease.lease,
             "pool": 0,
+            "inode": lease.inode,
+            "offset": lease.offset,
             "length": lease.length,
-            "extents": _plain(extents),
+            "extents": _plain(lease.extents),
             "medium": self._medium(),
-            "sealed": self._fs.get(ino).sealed,
+            "sealed": self._fs.file(lease.inode).sealed,
         }
-        return answer, (self._writable if writable else self._readable,)
+        return Answer(parameters, (self._writable if lease.writable else self._readable,))
 
-    async def _release(
-        self, connection: Connection, _: Message, wanted: LeaseParameters
-    ) -> dict[str, Any]:
-        self._end(connection, [self._grants.leases.get(wanted.lease, connection.holder)])
-        return {}
+    async def _grant(self, caller: Caller, wanted: MapCall) -> Lease:
+        self._require_trusted(caller.connection)
+        writable = bool(wanted.writable)
+        if writable:
+            self._fs.pool.require_writable()
+        ino = self._file(caller, wanted, writing=writable)
+        caller.connection.watch_process()
+        return await self._grants.grant(
+            ino,
+            caller.descriptor(wanted.file) if wanted.file is not None else None,
+            caller.connection.holder,
+            offset=wanted.offset or 0,
+            length=wanted.length,
+            writable=writable,
+            level=wanted.level or 0,
+        )
 
-    async def _publish(
-        self, connection: Connection, _: Message, wanted: LeaseParameters
-    ) -> dict[str, Any]:
-        lease = self._grants.leases.get(wanted.lease, connection.holder)
-        for invalidate in self._fs.invalidators:
-            await trio.to_thread.run_sync(invalidate, lease.inode)
-        return {}
+    async def _release(self, caller: Caller, wanted: LeaseCall) -> Answer:
+        lease = self._grants.leases.get(wanted.lease, caller.connection.holder)
+        await self._ends.release(lease)
+        return Answer({})
 
-    async def _extents(
-        self, connection: Connection, message: Message, wanted: ExtentsParameters
-    ) -> dict[str, Any]:
-        ino = self._file(message, wanted)
+    async def _publish(self, caller: Caller, wanted: LeaseCall) -> Answer:
+        lease = self._grants.leases.get(wanted.lease, caller.connection.holder)
+        if not lease.writable:
+            raise Invalid(f"lease {lease.lease} is for reading: there is nothing to publish")
+        await show(self._fs, lease.inode)
+        return Answer({})
+
+    async def _extents(self, caller: Caller, wanted: ExtentsCall) -> Answer:
+        self._require_trusted(caller.connection)
+        ino = self._file(caller, wanted)
         inode = self._fs.file(ino)
         descriptor = self._fs.seal_of(ino)
-        extents = self._fs.tree_extents(ino) if wanted.tree else self._fs.extents(ino)
-        answer = {"size": inode.size, "sealed": inode.sealed, "extents": _plain(extents)}
+        offset = wanted.offset or 0
+        if wanted.tree:
+            extents = [e for e in self._fs.tree_extents(ino) if e.offset + e.length > offset]
+        else:
+            extents = list(merge(self._fs.extents(ino, offset, max(inode.size - offset, 0))))
+        answer: dict[str, object] = {
+            "inode": ino,
+            "size": inode.size,
+            "sealed": inode.sealed,
+            "extents": _plain(extents[:_EXTENTS_REPLIED]),
+        }
         if descriptor is not None:
             answer["descriptor"] = descriptor.hex()
-        return answer
+        return Answer(answer)
 
-    async def _allocate(
-        self, connection: Connection, message: Message, wanted: AllocateParameters
-    ) -> dict[str, Any]:
-        ino = self._file(message, wanted, writing=True)
-        level = None
-        if wanted.level:
-            level = next((lv for lv in LEVELS if lv.size == wanted.level), None)
-            if level is None:
-                raise Invalid(f"{wanted.level} bytes is not the size of a page-table level")
+    async def _allocate(self, caller: Caller, wanted: AllocateCall) -> Answer:
+        self._require_trusted(caller.connection)
+        level = next((one for one in LEVELS if one.size == wanted.level), None)
+        if wanted.level and level is None:
+            raise Invalid(f"level {wanted.level}: the bytes of a page-table level are expected")
+        if wanted.create and self._device is None:
+            ino = create_file(self._fs, wanted.path or "").ino
+        else:
+            ino = self._file(caller, wanted, writing=True)
         inode = await self._grants.allocate(ino, wanted.offset or 0, wanted.length, level)
-        await self._sync()
-        for invalidate in self._fs.invalidators:  # the kernel has cached the old size
-            await trio.to_thread.run_sync(invalidate, ino)
-        return {"size": inode.size}
+        if self._fs.pool.grouped:
+            await self._sync()
+        await invalidate(self._fs, ino)  # the kernel has cached the old size
+        return Answer({"inode": ino, "size": inode.size})
 
-    async def _seal_file(
-        self, connection: Connection, message: Message, wanted: FileParameters
-    ) -> dict[str, Any]:
-        ino = self._file(message, wanted)
-        owner = self._fs.get(ino).uid
-        if connection.holder.uid not in (0, owner):
+    async def _seal_file(self, caller: Caller, wanted: FileCall) -> Answer:
+        self._require_trusted(caller.connection)
+        ino = self._file(caller, wanted)
+        owner = self._fs.file(ino).uid
+        if caller.connection.holder.uid not in (0, owner):
             raise Denied(f"only root and the file's owner, user {owner}, may seal it")
-        return {"digest": str(await self._seal(ino))}
+        digest = await self._seal(ino)
+        await invalidate(self._fs, ino)
+        return Answer({"digest": str(digest)})
 
-    async def _leases(
-        self, connection: Connection, _: Message, wanted: msgspec.Struct
-    ) -> dict[str, Any]:
-        return {
-            "leases": [
-                {
-                    "lease": lease.lease,
-                    "inode": lease.inode,
-                    "offset": lease.offset,
-                    "length": lease.length,
-                    "writable": lease.writable,
-                    "pid": lease.holder.pid,
-                    "uid": lease.holder.uid,
-                    "granted_ns": lease.granted_ns,
-                    "orphaned": lease.orphaned,
-                }
-                for lease in self._grants.leases
-            ]
-        }
+    async def _leases(self, caller: Caller, _: Nothing) -> Answer:
+        self._require_trusted(caller.connection)
+        leases = [
+            {
+                "lease": lease.lease,
+                "inode": lease.inode,
+                "offset": lease.offset,
+                "length": lease.length,
+                "writable": lease.writable,
+                "pid": lease.holder.pid,
+                "uid": lease.holder.uid,
+                "granted_ns": lease.granted_ns,
+                "orphaned": lease.orphaned,
+            }
+            for lease in self._grants.leases
+        ]
+        return Answer({"leases": leases})
 
-    async def _violation(
-        self, connection: Connection, _: Message, wanted: ViolationParameters
-    ) -> dict[str, Any]:
-        lease = self._grants.leases.get(wanted.lease, connection.holder)
-        self._event("violation", connection, lease, detail=wanted.detail)
-        return {}
+    async def _violation(self, caller: Caller, wanted: ViolationCall) -> Answer:
+        holder = caller.connection.holder
+        lease = self._grants.leases.get(wanted.lease, holder)
+        self._events.emit(
+            "violation",
+            holder,
+            lease,
+            detail=wanted.detail,
+            offset=wanted.offset,
+            length=wanted.length,
+        )
+        return Answer({})
 
-    # events
+    async def stream(self, connection: Connection) -> None:
+        """Send events to a client until it hangs up.
 
-    async def _events(self, connection: Connection, call: Call) -> None:
+        Raises:
+            Untrusted: it may not listen.
+        """
         self._require_trusted(connection)
-        if not call.more:
-            raise VarlinkError("ExpectedMore")
-        send, receive = trio.open_memory_channel[dict[str, Any]](_EVENTS_BUFFERED)
-        self._watchers.add(send)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._forward, connection, receive, nursery.cancel_scope)
-                await connection.wait_hangup()
-                nursery.cancel_scope.cancel()
-        finally:
-            self._watchers.discard(send)
-
-    async def _forward(
-        self,
-        connection: Connection,
-        events: trio.MemoryReceiveChannel[dict[str, Any]],
-        scope: trio.CancelScope,
-    ) -> None:
-        try:
-            async for event in events:
-                await connection.send(Reply({"event": event}, continues=True))
-        except (OSError, ProtocolError):
-            pass
-        connection.close()
-        scope.cancel()
-
-    def _event(
-        self, kind: str, connection: Connection, lease: Lease | None = None, detail: str = ""
-    ) -> None:
-        event = {
-            "time_ns": time.time_ns(),
-            "kind": kind,
-            "pid": connection.holder.pid,
-            "uid": connection.holder.uid,
-            "detail": detail,
-        }
-        if lease is not None:
-            event |= {"lease": lease.lease, "inode": lease.inode}
-        for watcher in list(self._watchers):
-            try:
-                watcher.send_nowait(event)
-            except trio.WouldBlock:  # too slow: it loses its connection, not the others their time
-                self._watchers.discard(watcher)
-                watcher.close()
-
-    # the end of leases
-
-    def _end(self, connection: Connection, leases: list[Lease]) -> None:
-        """Take leases from their holder; they end when a scan, soon, says that nobody maps them."""
-        for lease in leases:
-            lease.orphaned = True
-            self._event("ended", connection, lease)
-        self._rescan_wanted.set()
-
-    def _end_orphans(self) -> None:
-        if self._grants.leases.orphans() or self._fs.withheld:
-            self._end_unmapped(scan(self._fs.pool.pmem))
-
-    def _end_unmapped(self, found: Scan) -> None:
-        self._grants.end_unmapped(found)
-        if self._fs.withheld:
-            self._fs.release_withheld([(m.start, m.length) for m in found.ranges])
-
-    async def rescan(self) -> None:
-        """Let go of what nobody maps any more: when a holder has died, and now and then."""
-        while True:
-            with trio.move_on_after(_RESCAN_INTERVAL):
-                await self._rescan_wanted.wait()
-                await trio.sleep(_RESCAN_PAUSE)  # so that many ends make one scan
-            self._rescan_wanted = trio.Event()
-            if self._grants.leases.orphans() or self._fs.withheld:
-                self._end_unmapped(await trio.to_thread.run_sync(scan, self._fs.pool.pmem))
+        await self._events.stream(connection)
 
 
-Handler = Callable[..., Awaitable[dict[str, Any]]]
-_METHODS: Final[dict[str, tuple[type[msgspec.Struct], Handler]]] = {
-    "Release": (LeaseParameters, Service._release),
-    "Publish": (LeaseParameters, Service._publish),
-    "Extents": (ExtentsParameters, Service._extents),
-    "Allocate": (AllocateParameters, Service._allocate),
-    "Seal": (FileParameters, Service._seal_file),
-    "Leases": (msgspec.defstruct("NoParameters", []), Service._leases),
-    "Violation": (ViolationParameters, Service._violation),
-}
-
-
-def _plain(extents: list[Extent]) -> list[dict[str, int]]:
+def _plain(extents: Iterable[Extent]) -> list[dict[str, int]]:
     return [extent._asdict() for extent in extents]
 
 
@@ -476,37 +282,7 @@ def _group_number(group: str | None) -> int | None:
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError as exc:
-        raise Invalid(f"there is no group {group!r}") from exc
-
-
-@contextmanager
-def listening(path: Path) -> Iterator[socket.socket]:
-    """Listen on a socket of this name, which is removed in the end.
-
-    Everybody may connect; who is trusted is decided by the peer's credentials.
-
-    Raises:
-        Busy: another daemon listens there.
-        Invalid: something else has the name.
-    """
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise Invalid(f"{path} exists and is not a socket; name another with --socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(path))
-            except OSError:  # left behind by a daemon that was killed
-                path.unlink()
-            else:
-                raise Busy(f"another daemon listens on {path}; name another with --socket")
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(path))
-        try:
-            path.chmod(0o666)
-            sock.listen(128)
-            yield sock
-        finally:
-            path.unlink(missing_ok=True)
+        raise Invalid(f"there is no group {group!r}; make it, or name another") from exc
 
 
 async def serve_mapping(
@@ -517,6 +293,7 @@ async def serve_mapping(
     seal: Callable[[int], Awaitable[object]],
     group: str | None = None,
     mount_device: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve leases on a file system's files until cancelled.
@@ -529,25 +306,21 @@ async def serve_mapping(
         group: whose members are trusted as root and the pool's owner are.
         mount_device: the device number of the mount whose descriptors name files; None: files are
             named by paths.
+        limits: what a client may take.
         task_status: told when clients can connect.
 
     Raises:
-        Busy, Invalid: the socket can't be had.
+        Busy, Denied, Invalid: the socket can't be had, or there is no such group.
     """
-    service = Service(fs, group=group, sync=sync, seal=seal, mount_device=mount_device)
+    closer = Closer()
+    service = Service(
+        fs, sync=sync, seal=seal, group=group, mount_device=mount_device, limits=limits
+    )
     try:
-        with listening(socket_path) as raw:
-            listener = trio.socket.from_stdlib_socket(raw)
+        with listening(socket_path) as listener:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(service.rescan)
+                nursery.start_soon(service.tend)
                 task_status.started()
-                while True:
-                    try:
-                        client, _ = await listener.accept()
-                    except OSError as exc:  # out of descriptors: those who are here go on
-                        log.warning("can't accept a client: %s", exc.strerror)
-                        await trio.sleep(_ACCEPT_PAUSE)
-                        continue
-                    nursery.start_soon(service.serve, client)
+                await Server(service, closer, limits).run(listener)
     finally:
         service.close()

@@ -1,73 +1,140 @@
-"""Varlink without sockets: messages as bytes, calls and replies as values, errors as names.
+"""Varlink without sockets: a stream cut into messages, calls and replies as values.
 
 A message is one JSON object followed by a NUL byte (https://varlink.org/Method-Call).  Descriptors
-travel beside a message, as systemd does it; a parameter that is one holds its index among them.
+travel beside a message, as systemd does it: with the first of its bytes, and with no byte of
+another message in the same sendmsg(2).  A parameter that is a descriptor holds its index among
+those of its message.
 """
 
+import re
+from collections.abc import Iterable
+from functools import cache
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
 from vfsmap import errors
 from vfsmap.errors import ProtocolError, VfsmapError
+from vfsmap.units import KIB, MIB
 
 INTERFACE: Final = "io.vfsmap.Mapping"
 SERVICE: Final = "org.varlink.service"
-MESSAGE_MAX: Final = 64 * 1024
+CALL_MAX: Final = 64 * KIB
 """Bytes of the largest call that a server reads."""
+REPLY_MAX: Final = 32 * MIB
+"""Bytes of the largest reply that a client reads."""
 DESCRIPTORS_MAX: Final = 8
 """Descriptors of one message."""
+KERNEL_DESCRIPTORS_MAX: Final = 253
+"""What sendmsg(2) sends at once: SCM_MAX_FD, include/net/scm.h."""
+INT_MAX: Final = (1 << 63) - 1
 
-SERVICE_DESCRIPTION: Final = """\
-# The Varlink Service Interface is provided by every varlink service. It
-# describes the service and the interfaces it implements.
-interface org.varlink.service
+_ERROR = re.compile(r"^error (\w+)", re.MULTILINE)
+_PARAMETER = re.compile(r"`(?:\$\.)?([^`]*)`$")
 
-method GetInfo() -> (
-  vendor: string,
-  product: string,
-  version: string,
-  url: string,
-  interfaces: []string
-)
-
-method GetInterfaceDescription(interface: string) -> (description: string)
-
-error InterfaceNotFound (interface: string)
-error MethodNotFound (method: string)
-error MethodNotImplemented (method: string)
-error InvalidParameter (parameter: string)
-error PermissionDenied ()
-error ExpectedMore ()
-"""
+S = TypeVar("S", bound=msgspec.Struct)
 
 
-def interface_description() -> str:
-    """Return the definition of ``io.vfsmap.Mapping``."""
-    return resources.files("vfsmap.daemon").joinpath(f"{INTERFACE}.varlink").read_text()
+class Message(NamedTuple):
+    """One message of a stream."""
+
+    raw: bytes
+    """Without the NUL byte."""
+    descriptors: list[int]
+    """The receiver's to close."""
 
 
-class Call(msgspec.Struct):
+class Framer:
+    """Cuts what is received into messages.
+
+    The kernel never reads past bytes that descriptors came with, so descriptors belong to the
+    message that holds the last byte of a read.
+    """
+
+    def __init__(self, message_max: int = CALL_MAX, descriptors_max: int = DESCRIPTORS_MAX) -> None:
+        self._message_max = message_max
+        self._descriptors_max = descriptors_max
+        self._whole: list[Message] = []
+        self._rest = bytearray()
+        self._descriptors: list[int] = []
+
+    @property
+    def has_part(self) -> bool:
+        """Tell whether a message has begun and not ended."""
+        return bool(self._rest or self._descriptors)
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether everything that was received has been taken."""
+        return not (self._whole or self.has_part)
+
+    def feed(self, data: bytes, descriptors: Iterable[int] = ()) -> None:
+        """Take what one read returned.
+
+        Raises:
+            ProtocolError: a message is too large or has too many descriptors.
+        """
+        known = len(self._rest)
+        self._rest += data
+        self._descriptors += descriptors
+        end = self._rest.rfind(0, known)
+        if end >= 0:
+            *whole, last = self._rest[:end].split(b"\0")
+            self._whole += (Message(bytes(raw), []) for raw in whole)
+            del self._rest[: end + 1]
+            mine = [] if self._rest else self._descriptors
+            self._whole.append(Message(bytes(last), mine))
+            if not self._rest:
+                self._descriptors = []
+        size = max(len(self._rest), *(len(message.raw) for message in self._whole), 0)
+        if size > self._message_max:
+            raise ProtocolError(f"a message of more than {self._message_max} bytes")
+        counts = (len(message.descriptors) for message in self._whole)
+        if max(len(self._descriptors), *counts, 0) > self._descriptors_max:
+            raise ProtocolError(f"a message with more than {self._descriptors_max} descriptors")
+
+    def next(self) -> Message | None:
+        """Return the next whole message, or None: more has to be received."""
+        return self._whole.pop(0) if self._whole else None
+
+    def abandon(self) -> list[int]:
+        """Forget everything; return the descriptors, which are the caller's to close."""
+        left = [fd for message in self._whole for fd in message.descriptors]
+        left += self._descriptors
+        self._whole, self._descriptors = [], []
+        self._rest.clear()
+        return left
+
+
+class Call(msgspec.Struct, omit_defaults=True):
     """A method call."""
 
     method: str
-    parameters: dict[str, Any] = {}
+    parameters: msgspec.Raw = msgspec.Raw(b"{}")
     oneway: bool = False
     more: bool = False
     upgrade: bool = False
 
 
 class Reply(msgspec.Struct, omit_defaults=True):
-    """A reply, or one of several."""
+    """A reply, or one of several; ``parameters`` is a struct or a mapping."""
 
-    parameters: dict[str, Any] = {}
+    parameters: Any = {}
     error: str = ""
     continues: bool = False
 
 
+class RawReply(msgspec.Struct):
+    """A reply as it is received."""
+
+    parameters: msgspec.Raw = msgspec.Raw(b"{}")
+    error: str | None = None
+    continues: bool = False
+
+
 class VarlinkError(Exception):
-    """An error of ``org.varlink.service``: the caller and the interface do not fit."""
+    """An error of ``org.varlink.service``: the call and the interface do not fit."""
 
     def __init__(self, name: str, **parameters: str) -> None:
         super().__init__(name, parameters)
@@ -75,9 +142,13 @@ class VarlinkError(Exception):
         self.parameters = parameters
 
 
-_call_decoder = msgspec.json.Decoder(Call)
-_reply_decoder = msgspec.json.Decoder(Reply)
-_encoder = msgspec.json.Encoder()
+_encoder: Final = msgspec.json.Encoder()
+_DECODE_ERRORS: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
+@cache
+def _decoder(kind: type[Any]) -> Any:
+    return msgspec.json.Decoder(kind)
 
 
 def encode(message: Call | Reply) -> bytes:
@@ -85,62 +156,72 @@ def encode(message: Call | Reply) -> bytes:
     return _encoder.encode(message) + b"\0"
 
 
-def decode_call(raw: bytes) -> Call:
-    """Return the call that a message without its NUL holds.
+def encode_parameters(parameters: object) -> msgspec.Raw:
+    """Return a call's parameters, a struct or a mapping, as :class:`Call` holds them."""
+    return msgspec.Raw(_encoder.encode(parameters))
+
+
+def decode(raw: bytes, kind: type[S]) -> S:
+    """Return the :class:`Call`, or :class:`RawReply`, that a message holds.
 
     Raises:
-        ProtocolError: it is no call.
+        ProtocolError: it holds none.
     """
+    decoder: msgspec.json.Decoder[S] = _decoder(kind)
     try:
-        return _call_decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise ProtocolError(f"not a varlink call: {exc}") from exc
+        return decoder.decode(raw)
+    except _DECODE_ERRORS as exc:
+        raise ProtocolError(f"not a varlink {kind.__name__}: {exc}") from exc
 
 
-def decode_reply(raw: bytes) -> Reply:
-    """Return the reply that a message without its NUL holds.
+def decode_parameters(raw: msgspec.Raw, kind: type[S]) -> S:
+    """Return parameters as the struct ``kind``.
 
     Raises:
-        ProtocolError: it is no reply.
+        VarlinkError: InvalidParameter, with the name of one that does not fit.
     """
+    data = bytes(raw)
+    decoder: msgspec.json.Decoder[S] = _decoder(kind)
     try:
-        return _reply_decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
-        raise ProtocolError(f"not a varlink reply: {exc}") from exc
-
-
-T = Any
-
-
-def convert(parameters: dict[str, Any], kind: type[Any]) -> Any:
-    """Return a call's parameters as the struct ``kind``.
-
-    Raises:
-        VarlinkError: InvalidParameter, with the name of the first that does not fit.
-    """
-    try:
-        return msgspec.convert(parameters, kind)
-    except msgspec.ValidationError as exc:
-        text = str(exc)
-        name = text.rsplit("$.", 1)[-1].rstrip("`") if "$." in text else text
+        return decoder.decode(b"{}" if data == b"null" else data)
+    except _DECODE_ERRORS as exc:
+        found = _PARAMETER.search(str(exc))
+        name = found[1] if found else "parameters"
         raise VarlinkError("InvalidParameter", parameter=name) from exc
 
 
+@cache
+def description(interface: str) -> str:
+    """Return the definition of an interface, as the file that holds it."""
+    return resources.files("vfsmap.daemon").joinpath(f"{interface}.varlink").read_text()
+
+
+@cache
+def declared_errors() -> frozenset[str]:
+    """Return the names of the errors that ``io.vfsmap.Mapping`` declares."""
+    return frozenset(_ERROR.findall(description(INTERFACE)))
+
+
 def error_reply(exc: VfsmapError | VarlinkError) -> Reply:
-    """Return the reply that tells a caller of an error."""
+    """Return the reply that tells a caller of an error: its class, its message and its fields.
+
+    A class that the interface does not declare goes by the next of its bases that it does.
+    """
     if isinstance(exc, VarlinkError):
-        return Reply(error=exc.name, parameters=dict(exc.parameters))
-    name = type(exc).__name__
-    return Reply(error=f"{INTERFACE}.{name}", parameters={"message": str(exc)})
+        return Reply(exc.parameters, error=exc.name)
+    name = next(k.__name__ for k in type(exc).__mro__ if k.__name__ in declared_errors())
+    fields = {key: value for key, value in vars(exc).items() if isinstance(value, int | str)}
+    return Reply({"message": str(exc), **fields}, error=f"{INTERFACE}.{name}")
 
 
-def error_of(reply: Reply) -> VfsmapError:
+def error_of(error: str, parameters: dict[str, Any]) -> VfsmapError:
     """Return the error that a reply tells of."""
-    interface, _, name = reply.error.rpartition(".")
-    kind = getattr(errors, name, None) if interface == INTERFACE else None
-    message = str(reply.parameters.get("message") or f"{reply.error} {reply.parameters}")
-    if isinstance(kind, type) and issubclass(kind, VfsmapError):
-        error = kind.__new__(kind)
-        Exception.__init__(error, message)
-        return error
-    return ProtocolError(f"the daemon answered {message}")
+    interface, _, name = error.rpartition(".")
+    kind = getattr(errors, name, None)
+    if interface != INTERFACE or not (isinstance(kind, type) and issubclass(kind, VfsmapError)):
+        return ProtocolError(f"the daemon answered {error} {parameters}")
+    fields = dict(parameters)
+    found = kind.__new__(kind)
+    Exception.__init__(found, str(fields.pop("message", error)))
+    vars(found).update(fields)
+    return found

@@ -15,6 +15,7 @@ import random
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final, NamedTuple, Self
 
 from vfsmap.pmem import Commit
@@ -35,6 +36,7 @@ LINE: Final = 64
 WORD: Final = 8
 SECTOR: Final = 512
 _FEW: Final = 4
+_MOST_GROUPS: Final = 1024
 
 Piece = tuple[int, bytes]
 """Where bytes go, and the bytes."""
@@ -71,8 +73,18 @@ class Digest:
     """A memory's content as one number, kept up to date page by page."""
 
     def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+        self.memory = memory
         self.value = 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Take every change back when the block ends."""
+        value, mark = self.value, self.memory.mark()
+        try:
+            yield
+        finally:
+            self.memory.rollback(mark)
+            self.value = value
 
     def write(self, pieces: Iterable[Piece]) -> None:
         """Change the memory; the value follows."""
@@ -80,13 +92,13 @@ class Digest:
             pages = range(offset // PAGE, (offset + len(data) - 1) // PAGE + 1)
             for page in pages:
                 self.value ^= self._of(page)
-            self._memory.write(offset, data)
+            self.memory.write(offset, data)
             for page in pages:
                 self.value ^= self._of(page)
 
     def _of(self, page: int) -> int:
-        content = self._memory.view[page * PAGE : (page + 1) * PAGE]
-        return hash((page, zlib.crc32(content), zlib.adler32(content))) & (1 << 64) - 1
+        content = self.memory.view[page * PAGE : (page + 1) * PAGE]
+        return hash((page, zlib.crc32(content))) & (1 << 64) - 1
 
 
 class Part(NamedTuple):
@@ -101,10 +113,9 @@ class Part(NamedTuple):
 class PowerModel:
     """The durable content of a medium, and what may or may not have got there besides."""
 
-    def __init__(self, durable: Memory, size: int, commit: Commit) -> None:
-        """Start with a medium all of whose bytes are durable."""
-        self._digest = Digest(durable)
-        self.durable = durable
+    def __init__(self, durable: Digest, size: int, commit: Commit) -> None:
+        """Start with a medium all of whose bytes are durable; it is changed as events go by."""
+        self._durable = durable
         self.size = size
         self._page_cache = commit is Commit.SYNC
         self._unit = PAGE if self._page_cache else LINE
@@ -113,20 +124,15 @@ class PowerModel:
         self._punched: list[tuple[int, int]] = []
         self._longer = 0
 
-    def copy(self, durable: Memory) -> Self:
-        """Return a model in the same state, over another memory of the same content."""
-        twin = type(self)(durable, self.size, Commit.SYNC if self._page_cache else Commit.FLUSH)
+    def copy(self) -> Self:
+        """Return a model in the same state, over the same durable content."""
+        commit = Commit.SYNC if self._page_cache else Commit.FLUSH
+        twin = type(self)(self._durable, self.size, commit)
         twin._dirty = {unit: list(pieces) for unit, pieces in self._dirty.items()}
         twin._flushed = dict(self._flushed)
         twin._punched = list(self._punched)
         twin._longer = self._longer
-        twin._digest.value = self._digest.value
         return twin
-
-    @property
-    def digest(self) -> int:
-        """The durable content as a number."""
-        return self._digest.value
 
     def feed(self, event: Event) -> None:
         """Do what an event does to the medium."""
@@ -173,7 +179,7 @@ class PowerModel:
         pieces = self._dirty.pop(unit, [])
         self._flushed.pop(unit, None)
         count = len(pieces) if count is None else count
-        self._digest.write(pieces[:count])
+        self._durable.write(pieces[:count])
         for offset, data in pieces[:count]:
             self._keep_from_punches(offset, len(data))
         if pieces[count:]:
@@ -198,7 +204,7 @@ class PowerModel:
         self._punched = rest
 
     def _settle_file(self) -> None:
-        self._digest.write((offset, bytes(length)) for offset, length in self._punched)
+        self._durable.write((offset, bytes(length)) for offset, length in self._punched)
         self._punched.clear()
         if self._longer:
             self.size, self._longer = self._longer, 0
@@ -267,12 +273,21 @@ class PowerModel:
 
 
 def tear(piece: Piece, grain: int, rng: random.Random) -> Iterator[Piece]:
-    """Yield some of the aligned groups of ``grain`` bytes that a store consists of."""
+    """Yield some of the aligned groups of bytes that a store consists of.
+
+    A group has ``grain`` bytes, a power of two, or as many more as keep them countable.
+    """
     offset, data = piece
-    at = 0
+    while len(data) > _MOST_GROUPS * grain:
+        grain *= 2
     share = rng.choice((0.2, 0.5, 0.8))
+    at = start = 0
     while at < len(data):
         length = min(grain - (offset + at) % grain, len(data) - at)
-        if rng.random() < share:
-            yield offset + at, data[at : at + length]
+        if rng.random() >= share:
+            if start < at:
+                yield offset + start, data[start:at]
+            start = at + length
         at += length
+    if start < at:
+        yield offset + start, data[start:at]
