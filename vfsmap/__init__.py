@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from vfsmap.units import PMD, PTE, PUD, Level
 
 if TYPE_CHECKING:
-    from vfsmap.daemon.client import map as map  # noqa: A004  # the name says what it does
+    from vfsmap.daemon.attach import map as map  # noqa: A004  # the name says what it does
     from vfsmap.mapping.window import Window as Window
 
 __version__ = "0.1.0"
 __all__ = ["PMD", "PTE", "PUD", "Level", "Window", "map"]
 
-_HOMES = {"map": "vfsmap.daemon.client", "Window": "vfsmap.mapping.window"}
+_HOMES = {"map": "vfsmap.daemon.attach", "Window": "vfsmap.mapping.window"}
 
 
 def __getattr__(name: str) -> Any:

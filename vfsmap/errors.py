@@ -98,6 +98,10 @@ class Denied(VfsmapError):
     errno = linux.EACCES
 
 
+class Untrusted(Denied):
+    """The daemon does not trust the caller with direct mappings."""
+
+
 class Sealed(VfsmapError):
     """The file is sealed: its content can never change again."""
 

@@ -1,19 +1,22 @@
 """Who maps the pool: /proc/*/maps, compared with how our own mapping shows there.
 
-A lease may end, and its bytes be reused, only when nobody maps them any more.  Only the kernel
-knows: a holder may have forked, or have passed the descriptor on.
+Bytes that were leased may be reused only when nobody maps them any more, and only the kernel knows:
+a holder may have forked, or have passed the descriptor on, and clients outlive a daemon.
+
+A mapping that begins with the pool's first byte is no window, since the superblock is there and
+belongs to no file: it is our own, or that of a program that reads the pool as a whole, and copes
+with bytes that change.
 """
 
 import os
 import re
-from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from vfsmap.pmem.libc import address_of
 from vfsmap.pmem.pmem import Pmem
 
-_PROC = Path("/proc")
-_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) (\S+ \d+)")
+_LINE: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+ \d+)", re.MULTILINE)
+_ROUNDS: Final = 4
 
 
 class Mapped(NamedTuple):
@@ -30,7 +33,7 @@ class Scan(NamedTuple):
 
     ranges: list[Mapped]
     unreadable: set[int]
-    """Processes of other users, that may map anything."""
+    """Processes that may map anything: they belong to other users."""
 
     def covers(self, start: int, length: int) -> bool:
         """Tell whether anybody maps part of a range of the pool."""
@@ -38,35 +41,59 @@ class Scan(NamedTuple):
 
 
 def scan(pmem: Pmem) -> Scan:
-    """Return every mapping of the pool's file in this system but the medium's own."""
-    base = address_of(pmem.view)
-    own = _identity(base)
+    """Return every window over the pool that any process has; other threads may run meanwhile."""
     found: list[Mapped] = []
     unreadable: set[int] = set()
-    if own is None:
-        return Scan(found, unreadable)
-    for name in os.listdir(_PROC):
-        if not name.isdigit():
-            continue
-        pid = int(name)
-        try:
-            maps = _read(f"/proc/{name}/maps")
-        except PermissionError:
-            unreadable.add(pid)
-            continue
-        except OSError:  # it has ended meanwhile
-            continue
-        if own not in maps:
-            continue
-        for low, _, start, length in _mappings(maps, own):
-            if pid != os.getpid() or not base <= low < base + pmem.size:
-                found.append(Mapped(start, length, pid))
+    wanted = _identity(address_of(pmem.view))
+    seen: set[int] = set()
+    # a process that is gone before it is looked at may have a child that was not there at first
+    for _ in range(_ROUNDS):
+        fresh = {int(name) for name in os.listdir("/proc") if name.isdigit()} - seen
+        if not fresh:
+            break
+        seen |= fresh
+        for pid in fresh:
+            try:
+                maps = _maps_of(pid)
+            except PermissionError:
+                unreadable.add(pid)
+            except OSError:  # it has ended meanwhile
+                pass
+            else:
+                if wanted in maps:
+                    found += _windows(maps, wanted, pid)
     return Scan(found, unreadable)
 
 
 def mapped_ranges(pmem: Pmem) -> list[tuple[int, int]]:
-    """Return the pool ranges that anybody maps, as start and length."""
+    """Return the pool ranges that anybody has a window over, as start and length."""
     return [(mapped.start, mapped.length) for mapped in scan(pmem).ranges]
+
+
+def _identity(address: int) -> bytes:
+    """Return device and inode as the kernel prints them for the mapping at an address."""
+    for match in _LINE.finditer(_read("/proc/self/maps")):
+        if int(match[1], 16) <= address < int(match[2], 16):
+            return match[4]
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def _maps_of(pid: int) -> bytes:
+    maps = _read(f"/proc/{pid}/maps")
+    if maps:
+        return maps
+    # a kernel thread, or a process whose first thread has ended: the others have its memory
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        maps = maps or _read(f"/proc/{pid}/task/{thread}/maps")
+    return maps
+
+
+def _windows(maps: bytes, wanted: bytes, pid: int) -> list[Mapped]:
+    return [
+        Mapped(int(start, 16), int(high, 16) - int(low, 16), pid)
+        for low, high, start, identity in _LINE.findall(maps)
+        if identity == wanted and int(start, 16)
+    ]
 
 
 def _read(path: str) -> bytes:
@@ -78,19 +105,3 @@ def _read(path: str) -> bytes:
         return b"".join(pieces)
     finally:
         os.close(fd)
-
-
-def _identity(address: int) -> bytes | None:
-    """Return device and inode as the kernel prints them for the mapping at an address."""
-    for match in _LINE.finditer(_read("/proc/self/maps")):
-        if int(match[1], 16) <= address < int(match[2], 16):
-            return match[5]
-    return None
-
-
-def _mappings(maps: bytes, identity: bytes) -> list[tuple[int, bytes, int, int]]:
-    return [
-        (int(m[1], 16), m[3], int(m[4], 16), int(m[2], 16) - int(m[1], 16))
-        for m in _LINE.finditer(maps)
-        if m[5] == identity
-    ]

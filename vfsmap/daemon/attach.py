@@ -1,0 +1,227 @@
+"""From a path to a window: by the daemon where there is one, else by the page cache."""
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from vfsmap.daemon.client import Client, clients, close_all, medium_of, mounter_of
+from vfsmap.errors import (
+    DaemonUnreachable,
+    Denied,
+    Invalid,
+    IsADirectory,
+    MediumError,
+    NameTooLong,
+    NotADirectory,
+    NotFound,
+    ProtocolError,
+    ReadOnly,
+    Unsupported,
+    Untrusted,
+    VfsmapError,
+)
+from vfsmap.mapping.overlay import PrivateWindow
+from vfsmap.mapping.window import Window
+from vfsmap.pmem import Medium, detect
+from vfsmap.units import LEVELS, PTE, Extent, Level, align_down, align_up, format_size
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What :func:`map` was asked for."""
+
+    path: str
+    writable: bool
+    offset: int
+    length: int | None
+    level: Level | None
+    populate: bool
+    sealed: bool
+    private: bool
+    cow: Level | None
+
+    def window(
+        self, fd: int, extents: list[Extent], length: int, medium: Medium, **more: Any
+    ) -> Window:
+        """Map extents of ``fd`` as it was asked for."""
+        more |= {"offset": self.offset, "level": self.level, "populate": self.populate}
+        if self.private:
+            more.pop("on_publish", None)
+            smallest = next(lv for lv in LEVELS if lv.size >= medium.page_size)
+            return PrivateWindow(fd, extents, length, medium, cow=self.cow or smallest, **more)
+        more |= {"writable": self.writable, "sealed": self.sealed}
+        return Window(fd, extents, length, medium, **more)
+
+
+def map(  # noqa: A001  # vfsmap.map says what it does
+    path: str | os.PathLike[str],
+    *,
+    writable: bool = False,
+    offset: int = 0,
+    length: int | None = None,
+    level: Level | None = None,
+    populate: bool = False,
+    direct: bool | None = None,
+    sealed: bool = False,
+    private: bool = False,
+    cow: Level | None = None,
+) -> Window:
+    """Map a range of a file; the file's own pool bytes where that can be had.
+
+    Args:
+        path: a file; on a mounted pool its daemon is asked, elsewhere the page cache is mapped.
+        writable: map for reading and writing.
+        offset: where the range starts, bytes.
+        length: bytes; None: up to the file's end.
+        level: the smallest page-table entries to accept.
+        populate: touch every page first.
+        direct: True demands the pool itself, False the page cache; None takes what can be had.
+        sealed: nobody can unmap, remap or unprotect the window before the process ends.
+        private: stores stay in this process; returns a :class:`PrivateWindow`.
+        cow: the size of the blocks that a private window copies.
+
+    Raises:
+        Unsupported: ``level`` or ``direct`` can't be had; the message says why.
+        NotFound, Denied, Invalid, Busy, NoSpace, Sealed: as the file system or the daemon says.
+    """
+    if sealed and (writable or private):
+        raise Invalid("sealed=True takes a shared read window: leave writable and private out")
+    if writable and private:
+        raise Invalid("private=True has a window of its own kind: leave writable out")
+    if cow is not None and not private:
+        raise Invalid("cow is about private windows: give private=True as well")
+    if offset < 0 or (length is not None and length < 0):
+        raise Invalid(f"can't map {length} bytes at {offset}: neither can be negative")
+    wanted = _Request(
+        os.fspath(path), writable, offset, length, level, populate, sealed, private, cow
+    )
+    try:
+        status = os.stat(wanted.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Invalid(f"{wanted.path} is not a regular file")
+        found: Window | str = "direct=False was given"
+        if direct is not False:
+            found = _map_direct(wanted, status.st_dev)
+            if isinstance(found, Window):
+                return found
+            if direct:
+                raise Unsupported(f"{wanted.path} can't be mapped directly: {found}")
+        if level not in (None, PTE) and mounter_of(status.st_dev) is not None:
+            raise Unsupported(
+                f"{wanted.path} can't be mapped by entries of {format_size(level.size)}: through a "
+                f"mount they have 4K, and {found}"
+            )
+        return _map_cached(wanted)
+    except OSError as exc:
+        raise _refused(exc, wanted.path) from exc
+
+
+def _map_direct(wanted: _Request, device: int) -> Window | str:
+    """Map by the daemon; return the window, or why it can't be had.
+
+    Raises:
+        VfsmapError: as :func:`map`.
+        OSError: the file can't be opened.
+    """
+    for last in (False, True):
+        client = clients.get(wanted.path, device)
+        if client is None:
+            return "it is not on a mounted pool"
+        if client.distrust:
+            return client.distrust
+        try:
+            return _granted(client, wanted)
+        except Untrusted as exc:
+            client.distrust = str(exc)
+            return client.distrust
+        except DaemonUnreachable:  # the connection may have been to one that has gone meanwhile
+            clients.drop(client)
+            if last:
+                raise
+    raise AssertionError("the second time either returns or raises")
+
+
+def _granted(client: Client, wanted: _Request) -> Window:
+    """Take a lease and map its extents."""
+    parameters: dict[str, Any] = {"file": 0, "offset": wanted.offset}
+    if wanted.length is not None:
+        parameters["length"] = wanted.length
+    if wanted.level is not None:
+        parameters["level"] = wanted.level.size
+    flags = os.O_RDONLY
+    if wanted.writable:
+        parameters["writable"] = True
+        flags = os.O_RDWR | os.O_DIRECT | os.O_DSYNC  # these two tell the mount not to cache
+    fd = os.open(wanted.path, flags | os.O_CLOEXEC)
+    try:
+        answer, descriptors = client.call("Map", (fd,), **parameters)
+    finally:
+        os.close(fd)
+    try:
+        lease = answer["lease"]
+        window = wanted.window(
+            descriptors[answer["pool"]],
+            [Extent(**extent) for extent in answer["extents"]],
+            answer["length"],
+            medium_of(answer["medium"]),
+            direct=True,
+            on_close=lambda: client.release(lease),
+            on_publish=lambda: _publish(client, lease),
+        )
+    except (LookupError, TypeError) as exc:
+        raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
+    except VfsmapError:
+        client.release(lease)
+        raise
+    finally:
+        close_all(descriptors)
+    if not client.is_alive():  # before the range was mapped, nothing kept it from reuse
+        window.close()
+        raise DaemonUnreachable(f"the mapping daemon on {client.path} has gone away; mount again")
+    return window
+
+
+def _publish(client: Client, lease: int) -> None:
+    client.call("Publish", lease=lease)
+
+
+def _map_cached(wanted: _Request) -> Window:
+    """Map through the page cache of the file's own file system.
+
+    Raises:
+        OSError: the file can't be opened.
+    """
+    flags = os.O_RDWR if wanted.writable else os.O_RDONLY
+    fd = os.open(wanted.path, flags | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        offset = wanted.offset
+        length = max(size - offset, 0) if wanted.length is None else wanted.length
+        if offset + length > size:
+            raise Invalid(
+                f"{wanted.path}: the range {offset}+{length} is not inside the file, which has "
+                f"{size} bytes; grow it first"
+            )
+        medium = detect(fd)
+        start = align_down(offset, medium.page_size)
+        extent = Extent(start, start, align_up(offset + length, medium.page_size) - start)
+        return wanted.window(fd, [extent] if length else [], length, medium, direct=False)
+    finally:
+        os.close(fd)
+
+
+def _refused(exc: OSError, path: str) -> VfsmapError:
+    kinds: dict[int, type[VfsmapError]] = {
+        errno.ENOENT: NotFound,
+        errno.EACCES: Denied,
+        errno.EPERM: Denied,
+        errno.ENOTDIR: NotADirectory,
+        errno.EISDIR: IsADirectory,
+        errno.ENAMETOOLONG: NameTooLong,
+        errno.EROFS: ReadOnly,
+        errno.EIO: MediumError,
+    }
+    kind = kinds.get(exc.errno or 0, Invalid)
+    return kind(f"{path}: {exc.strerror}")

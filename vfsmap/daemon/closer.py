@@ -1,0 +1,61 @@
+"""Closing descriptors that strangers have sent, in threads of their own.
+
+close(2) of a file on a FUSE mount can wait for that mount's server.  For our own mount that is the
+very loop that received the descriptor; for a stranger's it may be a server that never answers.  So
+the loop closes nothing that it was sent, and each user's descriptors have a thread to themselves:
+one that hangs keeps nobody else's waiting.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+BACKLOG_MAX: Final = 256
+"""Descriptors that a user may have waiting to be closed before being refused."""
+THREADS_MAX: Final = 64
+"""Users whose descriptors may be closed at the same time before newcomers are refused."""
+_LINGER: Final = 10.0
+"""Seconds that an idle thread stays; starting one costs more than a call."""
+
+
+class Closer:
+    """Closes descriptors soon, without keeping the caller waiting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[int, queue.SimpleQueue[int]] = {}
+
+    def close(self, uid: int, descriptors: Iterable[int]) -> None:
+        """Close descriptors that came from a user."""
+        for fd in descriptors:
+            with self._lock:
+                waiting = self._queues.get(uid)
+                if waiting is None:
+                    waiting = self._queues[uid] = queue.SimpleQueue()
+                    threading.Thread(
+                        target=self._run, args=(uid, waiting), name="closer", daemon=True
+                    ).start()
+                waiting.put(fd)
+
+    def is_choked(self, uid: int) -> bool:
+        """Tell whether a user, or all users together, have too much waiting to be closed."""
+        waiting = self._queues.get(uid)
+        if waiting is None:
+            return len(self._queues) >= THREADS_MAX
+        return waiting.qsize() >= BACKLOG_MAX
+
+    def _run(self, uid: int, waiting: "queue.SimpleQueue[int]") -> None:
+        while True:
+            try:
+                fd = waiting.get(timeout=_LINGER)
+            except queue.Empty:
+                with self._lock:
+                    if not waiting.empty():
+                        continue
+                    del self._queues[uid]
+                    return
+            with suppress(OSError):  # what close(2) has to say concerns the sender
+                os.close(fd)

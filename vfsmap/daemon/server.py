@@ -1,0 +1,224 @@
+"""The daemon's door: a socket, those who come to it, and the calls they make."""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgspec
+import trio
+
+import vfsmap
+from vfsmap.daemon.calls import InterfaceCall, Nothing
+from vfsmap.daemon.closer import Closer
+from vfsmap.daemon.connection import Connection, Limits
+from vfsmap.daemon.varlink import (
+    INTERFACE,
+    SERVICE,
+    Call,
+    Message,
+    Reply,
+    VarlinkError,
+    decode,
+    decode_parameters,
+    description,
+    error_reply,
+)
+from vfsmap.errors import ProtocolError, VfsmapError
+
+log = logging.getLogger("vfsmap.daemon")
+
+_ACCEPT_PAUSE: Final = 0.1
+
+
+class Answer(NamedTuple):
+    """What a method returns: a reply's parameters, and descriptors that stay its own."""
+
+    parameters: object
+    descriptors: tuple[int, ...] = ()
+
+
+class Caller(NamedTuple):
+    """Who calls, and with which descriptors."""
+
+    connection: Connection
+    descriptors: list[int]
+
+    def descriptor(self, index: int) -> int:
+        """Return a descriptor that came with the call; it is closed when the call has ended.
+
+        Raises:
+            VarlinkError: there is none of that index.
+        """
+        if not 0 <= index < len(self.descriptors):
+            raise VarlinkError("InvalidParameter", parameter="file")
+        return self.descriptors[index]
+
+
+class Method(NamedTuple):
+    """A method of the interface."""
+
+    parameters: type[msgspec.Struct]
+    handler: Callable[[Caller, Any], Awaitable[Answer]]
+
+
+class Handlers(Protocol):
+    """What the door needs of the service behind it."""
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The methods of the interface but Events, by name."""
+
+    async def stream(self, connection: Connection) -> None:
+        """Answer Events until the client hangs up."""
+
+    def trusts(self, connection: Connection) -> bool:
+        """Tell whether a client is trusted."""
+
+    def hung_up(self, connection: Connection) -> None:
+        """Note that a client is gone."""
+
+
+class Server:
+    """Serves the clients of one socket."""
+
+    def __init__(self, handlers: Handlers, closer: Closer, limits: Limits) -> None:
+        self._handlers = handlers
+        self._closer = closer
+        self._limits = limits
+        self._trusted = 0
+        self._strangers: dict[int, int] = {}
+
+    async def run(self, listener: socket.socket) -> None:
+        """Accept and serve clients until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                try:
+                    sock, _ = listener.accept()
+                except (BlockingIOError, ConnectionError):
+                    continue
+                except OSError as exc:  # out of descriptors: those who are here go on
+                    log.warning("can't accept a client: %s", exc.strerror)
+                    await trio.sleep(_ACCEPT_PAUSE)
+                    continue
+                connection = Connection(sock, self._closer, self._limits)
+                nursery.start_soon(self.serve, connection)
+
+    async def serve(self, connection: Connection) -> None:
+        """Serve one client until it hangs up or breaks a rule."""
+        who = connection.holder
+        trusted = connection.trusted = self._handlers.trusts(connection)
+        try:
+            with self._admitted(who.uid, trusted=trusted):
+                while message := await connection.receive():
+                    try:
+                        await self._answer(connection, message)
+                    finally:
+                        self._closer.close(who.uid, message.descriptors)
+                    if not trusted:
+                        await trio.sleep(self._limits.leisure)
+        except ProtocolError as exc:
+            # strangers could fill the log
+            level = logging.WARNING if trusted else logging.DEBUG
+            log.log(level, "process %d of user %d is cut off: %s", who.pid, who.uid, exc)
+        except (OSError, trio.ClosedResourceError):  # it, or we, hung up in the middle
+            pass
+        except Exception:
+            log.exception("process %d of user %d is cut off by a bug", who.pid, who.uid)
+        finally:
+            connection.close()
+            self._handlers.hung_up(connection)
+
+    @contextmanager
+    def _admitted(self, uid: int, *, trusted: bool) -> Iterator[None]:
+        """Count a client.
+
+        Raises:
+            ProtocolError: there are too many.
+        """
+        limits, strangers = self._limits, self._strangers
+        all_strangers = sum(strangers.values())
+        if trusted:
+            if self._trusted + all_strangers >= limits.connections_max:
+                raise ProtocolError(f"there are {limits.connections_max} connections already")
+            self._trusted += 1
+            try:
+                yield
+            finally:
+                self._trusted -= 1
+            return
+        if (
+            strangers.get(uid, 0) >= limits.stranger_connections_max
+            or all_strangers >= limits.connections_max // 2
+            or self._closer.is_choked(uid)
+        ):
+            raise ProtocolError("users who are not trusted have too many connections")
+        strangers[uid] = strangers.get(uid, 0) + 1
+        try:
+            yield
+        finally:
+            strangers[uid] -= 1
+            if not strangers[uid]:
+                del strangers[uid]
+
+    async def _answer(self, connection: Connection, message: Message) -> None:
+        call = decode(message.raw, Call)
+        answer = Answer({})
+        try:
+            if call.method == f"{INTERFACE}.Events":
+                await self._stream(connection, call)
+                return
+            method = self._method(call.method)
+            parameters = decode_parameters(call.parameters, method.parameters)
+            answer = await method.handler(Caller(connection, message.descriptors), parameters)
+            reply = Reply(answer.parameters)
+        except (VfsmapError, VarlinkError) as exc:
+            reply = error_reply(exc)
+        except Exception:
+            log.exception("%s failed", call.method)
+            reply = error_reply(VfsmapError("this is a bug in the daemon; its log has more"))
+        if not call.oneway:
+            await connection.send(reply, answer.descriptors)
+
+    def _method(self, full_name: str) -> Method:
+        interface, _, name = full_name.rpartition(".")
+        if interface == SERVICE and name in _SERVICE_METHODS:
+            return _SERVICE_METHODS[name]
+        if interface == INTERFACE and name in self._handlers.methods:
+            return self._handlers.methods[name]
+        if interface in (SERVICE, INTERFACE):
+            raise VarlinkError("MethodNotFound", method=full_name)
+        raise VarlinkError("InterfaceNotFound", interface=interface)
+
+    async def _stream(self, connection: Connection, call: Call) -> None:
+        decode_parameters(call.parameters, Nothing)
+        if not call.more:
+            raise VarlinkError("ExpectedMore")
+        await self._handlers.stream(connection)
+        raise ConnectionAbortedError("who has listened has nothing more to say")
+
+
+async def _get_info(_: Caller, __: Nothing) -> Answer:
+    return Answer(
+        {
+            "vendor": "vfsmap",
+            "product": "vfsmap mapping daemon",
+            "version": vfsmap.__version__,
+            "url": "https://varlink.org/Service",
+            "interfaces": [SERVICE, INTERFACE],
+        }
+    )
+
+
+async def _get_interface_description(_: Caller, wanted: InterfaceCall) -> Answer:
+    if wanted.interface not in (SERVICE, INTERFACE):
+        raise VarlinkError("InterfaceNotFound", interface=wanted.interface)
+    return Answer({"description": description(wanted.interface)})
+
+
+_SERVICE_METHODS: Final = {
+    "GetInfo": Method(Nothing, _get_info),
+    "GetInterfaceDescription": Method(InterfaceCall, _get_interface_description),
+}
