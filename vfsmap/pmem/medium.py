@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vfsmap.errors import Unsupported
-from vfsmap.units import KIB, MIB
+from vfsmap.units import KIB, MIB, parse_size
 
 MAP_SHARED_VALIDATE = 0x03
 MAP_SYNC = 0x80000  # include/uapi/asm-generic/mman-common.h
@@ -56,6 +56,8 @@ class Medium(NamedTuple):
     """The smallest piece that can be mapped, reserved or punched, bytes."""
     huge: str = ""
     """The huge-page policy of a tmpfs (``always``, ``within_size``, ``advise``, ``never``)."""
+    kept: int = 0
+    """Bytes of huge pages that the kernel keeps for this hugetlbfs (its option ``min_size``)."""
 
     @property
     def promise(self) -> Promise:
@@ -81,7 +83,8 @@ def detect(fd: int) -> Medium:
         raise Unsupported("a pool must be a regular file or a DAX device")
     kind, options = _mount_of(status.st_dev)
     if kind == "hugetlbfs":
-        return Medium("hugetlbfs", Commit.STORE, os.fstatvfs(fd).f_bsize)
+        kept = parse_size(_option(options, "min_size") or 0)
+        return Medium("hugetlbfs", Commit.STORE, os.fstatvfs(fd).f_bsize, kept=kept)
     if kind in ("tmpfs", "ramfs", "devtmpfs"):
         return Medium("tmpfs", Commit.STORE, 4 * KIB, _tmpfs_policy(options))
     if _maps_synchronously(fd, status.st_size):
@@ -128,8 +131,13 @@ def _tmpfs_policy(options: str) -> str:
         text = _THP_SHMEM.read_text()
         chosen = text[text.index("[") + 1 : text.index("]")]
     override = {"force": "always", "deny": "never"}.get(chosen)
-    mount = next((o[5:] for o in options.split(",") if o.startswith("huge=")), "never")
-    return override or mount
+    return override or _option(options, "huge") or "never"
+
+
+def _option(options: str, name: str) -> str:
+    """Return the value of a mount option, or nothing."""
+    pairs = (option.partition("=") for option in options.split(","))
+    return next((value for key, _, value in pairs if key == name), "")
 
 
 def _maps_synchronously(fd: int, size: int) -> bool:

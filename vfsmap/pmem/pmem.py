@@ -22,7 +22,15 @@ from vfsmap.errors import (
     VfsmapError,
 )
 from vfsmap.pmem import libc
-from vfsmap.pmem.medium import MAP_SHARED_VALIDATE, MAP_SYNC, Commit, Medium, detect, size_of
+from vfsmap.pmem.medium import (
+    MAP_SHARED_VALIDATE,
+    MAP_SYNC,
+    Commit,
+    Medium,
+    Promise,
+    detect,
+    size_of,
+)
 from vfsmap.units import KIB, MIB, align_down, align_up, format_size
 
 _PAGE = 4 * KIB
@@ -77,27 +85,48 @@ class Pmem:
         self._address = libc.address_of(self._map) if self._flusher and writable else 0
 
     @classmethod
-    def open(cls, path: str | Path, *, writable: bool) -> Self:
+    def open(
+        cls, path: str | Path, *, writable: bool, promise: Promise | str | None = None
+    ) -> Self:
         """Open and map an existing file; a writer locks out other writers.
+
+        Args:
+            path: a regular file, or a DAX device.
+            writable: open it for writing too.
+            promise: what the medium must keep, ``process`` or ``power``.
 
         Raises:
             NotFound: there is no such file.
             Denied: its permissions forbid it.
             PoolInUse: another process has it open for writing.
-            Unsupported: it is not a kind of file that can hold a pool.
+            Invalid: it is empty.
+            Unsupported: it is not a kind of file that can hold a pool, or its medium does not keep
+                the promise.
         """
         path = Path(path)
         fd = _open(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
+            medium = detect(fd)
+            _require_promise(medium, promise, path)
+            if medium.name == "hugetlbfs" and os.fstat(fd).st_blocks == 0:
+                # reading a page that is not there would take one, or raise SIGBUS
+                raise Invalid(f"{path} is empty")
             if writable:
                 _lock(fd, path)
-            return cls(fd, path, writable=writable)
+            return cls(fd, path, writable=writable, medium=medium)
         except BaseException:
             os.close(fd)
             raise
 
     @classmethod
-    def create(cls, path: str | Path, size: int, *, replace: bool = False) -> Self:
+    def create(
+        cls,
+        path: str | Path,
+        size: int,
+        *,
+        replace: bool = False,
+        promise: Promise | str | None = None,
+    ) -> Self:
         """Create a file of ``size`` bytes, or take a DAX device or an existing file over.
 
         Raises:
@@ -105,6 +134,8 @@ class Pmem:
             Invalid: the size does not suit the medium.
             PoolInUse: another process has it open for writing.
             NoSpace: the file system below can't hold a file of that size.
+            Unsupported: it is not a kind of file that can hold a pool, or its medium does not keep
+                the promise.
 
         Crash: an empty or a sparse file, which no pool can be opened from.
         """
@@ -116,19 +147,16 @@ class Pmem:
             raise Exists(f"{path} exists; to destroy what it holds, use --force (replace=True)")
         fd = _open(path, flags)
         try:
+            medium = detect(fd)
             _lock(fd, path)
+            _require_promise(medium, promise, path)
             if not device:
-                medium = detect(fd)
                 if size % medium.page_size:
                     raise Invalid(
                         f"size {format_size(size)} is not a multiple of the medium's page size, "
                         f"{format_size(medium.page_size)}"
                     )
-                try:
-                    os.ftruncate(fd, 0)
-                    os.ftruncate(fd, size)
-                except OSError as exc:
-                    raise _translated(exc, f"can't make {path} {format_size(size)} long") from exc
+                _set_size(fd, path, size, os.fstat(fd).st_size)
             return cls(fd, path, writable=True)
         except BaseException:
             os.close(fd)
@@ -141,6 +169,8 @@ class Pmem:
         flags = mmap.MAP_SHARED
         if self.medium.name == "dax":
             flags = MAP_SHARED_VALIDATE | MAP_SYNC
+        elif self.medium.name == "hugetlbfs":
+            flags |= libc.MAP_NORESERVE  # fallocate does that, for what is in use
         if self.size == 0:
             raise Invalid(f"{self.path} is empty")
         try:
@@ -246,13 +276,17 @@ class Pmem:
         if not self.medium.can_punch:
             return None
         backed = os.fstat(self.fd).st_blocks * 512
+        below = os.fstatvfs(self.fd)
+        free = below.f_bavail * below.f_frsize
         if self.medium.name == "hugetlbfs":
             page = self.medium.page_size
             counts = _HUGEPAGES / f"hugepages-{page // KIB}kB"
-            free = int((counts / "free_hugepages").read_text())
-            return backed + page * (free - int((counts / "resv_hugepages").read_text()))
-        below = os.fstatvfs(self.fd)
-        return backed + below.f_bavail * below.f_frsize if below.f_blocks else None
+            pages = int((counts / "free_hugepages").read_text())
+            pages -= int((counts / "resv_hugepages").read_text())
+            used = (below.f_blocks - below.f_bfree) * below.f_frsize or backed
+            unreserved = pages * page + max(0, self.medium.kept - used)
+            return backed + (min(free, unreserved) if below.f_blocks else unreserved)
+        return backed + free if below.f_blocks else None
 
     def resize(self, size: int) -> None:
         """Make the file longer and map it again; no view of the old mapping may be in use.
@@ -260,21 +294,20 @@ class Pmem:
         Raises:
             Unsupported: a device has the size it has.
             NoSpace: the file system below can't hold a file of that size.
+            BufferError: somebody holds a view of the medium.
 
         Crash: the file has the old or the new size; a pool does not use the new part yet.
         """
         if not self.medium.can_punch:
             raise Unsupported(f"{self.path} is a device: its size can't be changed")
+        self._unmap()
         try:
-            os.ftruncate(self.fd, size)
-        except OSError as exc:
-            raise _translated(exc, f"can't make {self.path} {format_size(size)} long") from exc
-        self.view.release()
-        self._map.close()
-        self.size = size
-        self._map = self._map_all()
-        self.view = memoryview(self._map)
-        self._address = libc.address_of(self._map) if self._flusher else 0
+            _set_size(self.fd, self.path, size)
+            self.size = size
+        finally:
+            self._map = self._map_all()
+            self.view = memoryview(self._map)
+            self._address = libc.address_of(self._map) if self._flusher else 0
 
     def close(self) -> None:
         """Unmap and close; the lock goes with it.
@@ -283,10 +316,17 @@ class Pmem:
             BufferError: somebody still holds a view of the medium.
         """
         if self.fd >= 0:
-            self.view.release()
-            self._map.close()
+            self._unmap()
             os.close(self.fd)
             self.fd = -1
+
+    def _unmap(self) -> None:
+        self.view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            self.view = memoryview(self._map)
+            raise
 
     def _granules(self, offset: int, length: int) -> tuple[int, int]:
         page = self.medium.page_size
@@ -296,7 +336,12 @@ class Pmem:
         try:
             libc.fallocate(self.fd, mode, offset, length)
         except OSError as exc:
-            raise _translated(exc, f"{self.path}: no room for {format_size(length)}") from exc
+            what = f"{self.path}: can't reserve {format_size(length)}"
+            if mode:
+                what = f"{self.path}: can't give {format_size(length)} back"
+            elif self.medium.name == "hugetlbfs" and exc.errno == errno.ENOSPC:
+                what += f" of free huge pages of {format_size(self.medium.page_size)}"
+            raise _translated(exc, what) from exc
 
     def _fdatasync(self) -> None:
         try:
@@ -313,10 +358,38 @@ class Pmem:
 
 
 def _open(path: Path, flags: int) -> int:
+    flags |= os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must be refused, not waited for
+    if flags & os.O_CREAT:
+        flags |= os.O_NOFOLLOW
     try:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW * bool(flags & os.O_CREAT), 0o600)
+        return os.open(path, flags, 0o600)
     except OSError as exc:
         raise _translated(exc, f"can't open {path}") from exc
+
+
+def _set_size(fd: int, path: Path, size: int, old: int = 0) -> None:
+    """Set a file's length; when it is to be replaced, ``old`` bytes of content go first."""
+    try:
+        if old:
+            os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as exc:
+        what = f"can't make {path} {format_size(size)} long"
+        if isinstance(exc, OverflowError):
+            raise NoSpace(f"{what}: no file can be") from exc
+        raise _translated(exc, what) from exc
+
+
+def _require_promise(medium: Medium, promise: Promise | str | None, path: Path) -> None:
+    try:
+        wanted = Promise(promise) if promise is not None else Promise.PROCESS
+    except ValueError as exc:
+        raise Invalid(f"promise {promise!r}: process or power is expected") from exc
+    if not medium.promise.covers(wanted):
+        raise Unsupported(
+            f"{path} is on {medium.name}, which survives the death of processes but not "
+            f"power loss; put the pool on a disk or on DAX, or ask for the promise 'process'"
+        )
 
 
 def _lock(fd: int, path: Path) -> None:

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Self, TypeVar
 
-from vfsmap.errors import Invalid, NotAPool, NotFound, PoolDamaged, Unsupported, VfsmapError
+from vfsmap.errors import Invalid, NotAPool, NotFound, PoolDamaged, VfsmapError
 from vfsmap.pmem import Pmem, Promise
 from vfsmap.pool import superblock
 from vfsmap.pool.journal import Commit, Journal, new_generation
@@ -48,7 +48,7 @@ T = TypeVar("T", bound=ctypes.Structure)
 class Pool:
     """A pool that is open in this process; use it from one thread."""
 
-    def __init__(self, pmem: Pmem, *, promise: Promise | str | None = None) -> None:
+    def __init__(self, pmem: Pmem) -> None:
         """Open the pool on ``pmem`` and replay its log.
 
         Damage in the log is not raised: the pool is read-only then, and ``failed`` says where.
@@ -56,11 +56,9 @@ class Pool:
         Raises:
             NotAPool: there is no pool, or it is of a newer format.
             PoolDamaged: no superblock can be used.
-            Unsupported: the medium does not keep the promise that is demanded.
 
         Crash: nothing has happened, but a stale copy of the superblock may have been renewed.
         """
-        _require_promise(pmem, promise)
         self.pmem = pmem
         self._load()
         if self.writable and self.complaints:
@@ -129,9 +127,8 @@ class Pool:
         if len(label.encode()) > _LABEL_BYTES:
             raise Invalid(f"label {label!r} is longer than {_LABEL_BYTES} bytes")
         existed = Path(path).exists()
-        pmem = Pmem.create(path, size, replace=replace)
+        pmem = Pmem.create(path, size, replace=replace, promise=promise)
         try:
-            _require_promise(pmem, promise)
             format_pmem(pmem, label=label, level=level)
             return cls(pmem)
         except BaseException:
@@ -164,9 +161,9 @@ class Pool:
             if size is None:
                 raise Invalid("creating a pool needs a size")
             return cls.create(path, size, promise=promise)
-        pmem = Pmem.open(path, writable=flags != "r")
+        pmem = Pmem.open(path, writable=flags != "r", promise=promise)
         try:
-            return cls(pmem, promise=promise)
+            return cls(pmem)
         except BaseException:
             pmem.close()
             raise
@@ -398,19 +395,7 @@ def format_pmem(pmem: Pmem, *, label: str = "", level: Level = PMD, log: int = 0
     sb.label[: len(raw)] = raw
     for index, place in enumerate(sb.halves):
         place.start, place.length = FIRST_FREE + index * half, half
-    log = LogHalf(pmem, Place(FIRST_FREE, half), sb.generation, zlib.crc32(bytes(sb.uuid)))
-    at = log.append([], next_oid=1)
-    pmem.persist(at, log.tail - at)
+    first = LogHalf(pmem, Place(FIRST_FREE, half), sb.generation, zlib.crc32(bytes(sb.uuid)))
+    at = first.append([], next_oid=1)
+    pmem.persist(at, first.tail - at)
     superblock.write(pmem, sb)
-
-
-def _require_promise(pmem: Pmem, promise: Promise | str | None) -> None:
-    try:
-        wanted = Promise(promise) if promise is not None else Promise.PROCESS
-    except ValueError as exc:
-        raise Invalid(f"promise {promise!r}: process or power is expected") from exc
-    if not pmem.medium.promise.covers(wanted):
-        raise Unsupported(
-            f"{pmem.path} is on {pmem.medium.name}, which survives the death of processes but not "
-            f"power loss; put the pool on a disk or on DAX, or ask for the promise 'process'"
-        )
