@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from vfsmap.alloc import Allocator
 from vfsmap.errors import NoSpace, PoolDamaged
 from vfsmap.pmem import Pmem
-from vfsmap.pool.layout import FIRST_FREE
+from vfsmap.pool.layout import BLOCK, FIRST_FREE
 from vfsmap.units import MIB, PMD, PTE, Level, align_down, align_up
 
 Run = tuple[int, int]
@@ -29,17 +29,20 @@ class Space(Allocator):
         """Make everything free but the superblocks and the runs in ``used``.
 
         Raises:
-            PoolDamaged: two runs overlap, or one lies outside the pool.
+            PoolDamaged: two runs overlap, or one lies outside the pool or off its blocks.
         """
         at = FIRST_FREE
         for start, length in sorted(used):
+            end = start + length
             if start < at:
                 raise PoolDamaged(f"pool bytes at {start:#x} belong to two extents")
+            if end > size:
+                raise PoolDamaged(f"an extent ends at {end:#x}, behind the pool's end at {size:#x}")
+            if (start | end) % BLOCK:
+                raise PoolDamaged(f"an extent lies at {start:#x} to {end:#x}, not on whole blocks")
             if start > at:
-                self.free(at, min(start, size) - at)
-            at = start + length
-        if at > size:
-            raise PoolDamaged(f"an extent ends at {at:#x}, behind the pool's end at {size:#x}")
+                self.free(at, start - at)
+            at = end
         if at < size:
             self.free(at, size - at)
 
@@ -59,7 +62,6 @@ class Space(Allocator):
         try:
             if level.size >= PMD.size:
                 self.clear(start, got)
-                self._pmem.collapse(start, got)
             else:
                 self._reserve(start, got)
         except BaseException:
@@ -75,20 +77,33 @@ class Space(Allocator):
                     self._reserved.add(at)
                 except NoSpace:
                     self._pmem.reserve(start, length)
+                    return
 
     def clear(self, start: int, length: int) -> None:
         """Make a run that nobody uses read as zeros, and reserve it.
+
+        Only whole units are punched: a hole in one would split its huge page for good.
 
         Raises:
             NoSpace: the file system below has no room.
 
         Crash: any mix of old bytes and zeros.
         """
-        punched = self._pmem.punch(start, length)
-        self._pmem.reserve(start, length)
-        if not punched:
-            self._pmem.zero(start, length)
-            self._pmem.flush(start, length)
+        end = start + length
+        first, last = align_up(start, self._unit), align_down(end, self._unit)
+        if first < last and self._pmem.punch(first, last - first):
+            units = range(first, last, self._unit)
+            self._reserved.difference_update(units)
+            self._pmem.reserve(first, last - first)
+            self._reserved.update(units)
+            self._pmem.collapse(first, last - first)
+        else:
+            first = last = end
+        for a, b in ((start, first), (last, end)):
+            if a < b:
+                self._reserve(a, b - a)
+                self._pmem.zero(a, b - a)
+                self._pmem.flush(a, b - a)
 
     def trim(self, most: int = 64 * MIB) -> bool:
         """Give some whole units that became free back to the file system below.
@@ -99,12 +114,15 @@ class Space(Allocator):
         """
         if not self.promoted:
             return False
-        start, length = self.promoted.pop()
-        first, last = align_up(start, self._unit), align_down(start + length, self._unit)
-        if first + most < last:
-            self.promoted.append((first + most, last - first - most))
-            last = first + most
-        if first < last and self.has_units(first, last - first):
-            self._reserved.difference_update(range(first, last, self._unit))
-            self._pmem.punch(first, last - first)
+        start, length = self.promoted.popitem()
+        at, end = align_down(start, self._unit), align_up(start + length, self._unit)
+        rest = at + max(most, self._unit)
+        if rest < end:
+            self.promoted[rest] = max(end - rest, self.promoted.get(rest, 0))
+            end = rest
+        for free, size in self.free_units(at, end - at):
+            first, last = align_up(free, self._unit), align_down(free + size, self._unit)
+            if first < last:
+                self._reserved.difference_update(range(first, last, self._unit))
+                self._pmem.punch(first, last - first)
         return True

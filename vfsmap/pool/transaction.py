@@ -16,7 +16,7 @@ from vfsmap.pool.layout import (
 )
 from vfsmap.pool.space import Run
 from vfsmap.pool.typed import Oid, tag_of
-from vfsmap.units import PTE, Level, align_up, parse_size
+from vfsmap.units import PMD, PTE, Level, align_up, parse_size
 
 
 class Transaction:
@@ -145,7 +145,8 @@ class Transaction:
         if length == 0:
             raise Invalid("an arena can't be empty")
         start, _ = self.take(length, level)
-        self._journal.space.clear(start, length)
+        if level.size < PMD.size:  # larger runs are zeroed already
+            self._journal.space.clear(start, length)
         oid = Oid(self.new_oid())
         self.put(oid, ExtentRecord.TAG, EXTENT.pack(0, 0, start, length))
         return oid
