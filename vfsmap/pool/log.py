@@ -75,9 +75,7 @@ class LogHalf:
             )
         return next_oid
 
-    def valid_batch(
-        self, at: int, sequence: int, *, newer: bool = False
-    ) -> tuple[int, int] | None:
+    def valid_batch(self, at: int, sequence: int, *, newer: bool = False) -> tuple[int, int] | None:
         """Return length and next_oid of the batch at ``at``, if there is one of that sequence."""
         view = self._pmem.view
         end = self.place.start + self.place.length
