@@ -10,7 +10,7 @@ from vfsmap.pool.layout import FIRST_FREE
 from vfsmap.pool.space import Space
 from vfsmap.testing import media
 from vfsmap.testing.pools import HUGE, STORED, open_pmem, scratch
-from vfsmap.units import GIB, KIB, MIB, PMD, PUD
+from vfsmap.units import KIB, MIB, PMD
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 PAGE = 4 * KIB
@@ -189,26 +189,4 @@ def test_a_full_hugetlbfs_refuses_and_never_raises_sigbus() -> None:
             pmem.store(start, b"x" * length)
         space.free(*runs[0])
         assert space.take(2 * MIB, PMD) == runs[0]
-        pmem.close()
-
-
-@needs_root
-def test_a_page_of_a_gigabyte_serves_units_of_both_levels() -> None:
-    with media.hugetlbfs("1G", 2) as below:
-        pmem = Pmem.create(below / "pool", 3 * GIB)
-        pmem.reserve(0, FIRST_FREE)
-        pmem.store(4 * MIB, b"x" * (4 * MIB))
-        space = filled(pmem)
-        start, length = space.take(4 * MIB, PMD)
-        assert start < GIB, "a free gigabyte was broken"
-        assert bytes(pmem.view[start : start + length]) == bytes(length)
-        whole = space.take(GIB, PUD)
-        assert whole[0] % GIB == 0
-        pmem.store(whole[0] + GIB - 1, b"x")
-        with pytest.raises(NoSpace, match="of free huge pages of 1G"):
-            space.take(GIB, PUD)
-        space.free(*whole)
-        while space.trim():
-            pass
-        assert os.fstat(pmem.fd).st_blocks * 512 == GIB
         pmem.close()

@@ -70,6 +70,9 @@ class Pmem:
     windows of other processes are).
     """
 
+    _unsynced = False
+    """Whether the file system below has to be told to remember what was reserved and punched."""
+
     def __init__(
         self, fd: int, path: Path, *, writable: bool, medium: Medium | None = None
     ) -> None:
@@ -207,7 +210,17 @@ class Pmem:
             self._msync(offset, length)
 
     def fence(self) -> None:
-        """Wait for the flushes; what was flushed before is durable before anything stored after."""
+        """Wait for the flushes; what was flushed before is durable before anything stored after.
+
+        So is what was reserved and punched: that lies with the file system below, which the CPU's
+        flushes do not reach.
+
+        Raises:
+            MediumError: the medium refused.
+        """
+        if self._unsynced:
+            self._fdatasync()
+            self._unsynced = False
         if self._flusher is not None:
             self._flusher.pmem_drain()
 
@@ -249,6 +262,7 @@ class Pmem:
         if self.medium.can_punch:
             start, end = self._granules(offset, length)
             self._fallocate(0, start, end - start)
+            self._unsynced = self.medium.commit is Commit.FLUSH
 
     def punch(self, offset: int, length: int) -> bool:
         """Give a range back to the file system below; it reads as zeros then.
@@ -260,6 +274,7 @@ class Pmem:
         if not self.medium.can_punch or (offset | length) % self.medium.page_size:
             return False
         self._fallocate(libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE, offset, length)
+        self._unsynced = self.medium.commit is Commit.FLUSH
         return True
 
     def collapse(self, offset: int, length: int) -> None:
@@ -295,19 +310,32 @@ class Pmem:
             Unsupported: a device has the size it has.
             NoSpace: the file system below can't hold a file of that size.
             BufferError: somebody holds a view of the medium.
+            MediumError: the file system below can't make the new size durable.
 
-        Crash: the file has the old or the new size; a pool does not use the new part yet.
+        Crash: the file has the old or the new size; a pool does not use the new part yet, and when
+            it does, that size is durable.
         """
         if not self.medium.can_punch:
             raise Unsupported(f"{self.path} is a device: its size can't be changed")
+        self._lengthen(size)
+        if self.medium.commit is not Commit.STORE:
+            self._fdatasync()
+
+    def _lengthen(self, size: int) -> None:
+        old = self.size
         self._unmap()
         try:
-            _set_size(self.fd, self.path, size)
-            self.size = size
-        finally:
-            self._map = self._map_all()
-            self.view = memoryview(self._map)
-            self._address = libc.address_of(self._map) if self._flusher else 0
+            self._remap(size)
+        except BaseException:
+            self._remap(old)
+            raise
+
+    def _remap(self, size: int) -> None:
+        _set_size(self.fd, self.path, size)
+        self.size = size
+        self._map = self._map_all()
+        self.view = memoryview(self._map)
+        self._address = libc.address_of(self._map) if self._flusher else 0
 
     def close(self) -> None:
         """Unmap and close; the lock goes with it.

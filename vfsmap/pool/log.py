@@ -47,6 +47,7 @@ class LogHalf:
         Crash: the batch is wholly there, or replay ends in front of it.
         """
         body = b"".join(records)
+        assert len(body) <= self.room, "a batch that does not fit would overwrite what is behind"
         length = BATCH.size + len(body)
         fields = (self.generation, self.sequence, length, next_oid)
         checksum = zlib.crc32(body, zlib.crc32(BATCH.pack(BATCH_MAGIC, 0, *fields), self._salt))
@@ -65,15 +66,19 @@ class LogHalf:
             PoolDamaged: an invalid batch is followed by valid newer ones.
         """
         next_oid = 0
-        while batch := self.valid_batch(self.tail, self.sequence):
-            length, next_oid = batch
-            self.replay_batch(length, objects)
-        if newer := self.find_newer():
-            raise PoolDamaged(
-                f"log batch {self.sequence} at {self.tail:#x} is damaged, "
-                f"yet a newer one at {newer[0]:#x} is whole"
-            )
-        return next_oid
+        while True:
+            while batch := self.valid_batch(self.tail, self.sequence):
+                length, next_oid = batch
+                self.replay_batch(length, objects)
+            newer = self.find_newer()
+            if newer is None:
+                return next_oid
+            # a writer may have stored both since we looked
+            if not self.valid_batch(self.tail, self.sequence):
+                raise PoolDamaged(
+                    f"log batch {self.sequence} at {self.tail:#x} is damaged, "
+                    f"yet a newer one at {newer[0]:#x} is whole"
+                )
 
     def valid_batch(self, at: int, sequence: int, *, newer: bool = False) -> tuple[int, int] | None:
         """Return length and next_oid of the batch at ``at``, if there is one of that sequence."""

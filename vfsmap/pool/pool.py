@@ -1,6 +1,7 @@
 """An open pool: typed objects, arenas of bytes, and transactions over both."""
 
 import ctypes
+import struct
 import time
 import uuid
 import zlib
@@ -57,19 +58,23 @@ class Pool:
             NotAPool: there is no pool, or it is of a newer format.
             PoolDamaged: no superblock can be used.
 
+            MediumError: the medium refused to make durable what was read.
+
         Crash: nothing has happened, but a stale copy of the superblock may have been renewed.
         """
         self.pmem = pmem
         self._load()
-        if self.writable and self.complaints:
-            superblock.write(pmem, self.journal.superblock)
+        if self.writable:
+            # a writer that was killed may have left what was just read to the CPU's caches
+            log = self.journal.log
+            pmem.persist(SUPERBLOCKS[0], 2 * BLOCK)
+            pmem.persist(log.place.start, log.tail - log.place.start)
+            if self.complaints:
+                superblock.write(pmem, self.journal.superblock)
 
     def _load(self) -> None:
         while True:
-            try:
-                sb, self.complaints = superblock.load(self.pmem.view)
-            except (NotAPool, PoolDamaged) as exc:
-                raise type(exc)(f"{self.path}: {exc}") from exc
+            sb, self.complaints = self._load_superblock()
             self.journal = Journal(self.pmem, sb)
             try:
                 self.journal.replay()
@@ -77,16 +82,28 @@ class Pool:
             except PoolDamaged as exc:
                 self.fail(exc)
             # a writer that switched halves meanwhile may have overwritten what was just read
-            if self.pmem.writable or superblock.load(self.pmem.view)[0].epoch == sb.epoch:
+            if self.pmem.writable or self._load_superblock()[0].epoch == sb.epoch:
                 return
+
+    def _load_superblock(self) -> tuple[Superblock, list[str]]:
+        for last in (False, False, True):  # a writer may be storing one copy after the other
+            try:
+                return superblock.load(self.pmem.view)
+            except (NotAPool, PoolDamaged) as exc:
+                if last or self.pmem.writable:
+                    raise type(exc)(f"{self.path}: {exc}") from exc
+        raise AssertionError("the last look returns or raises")
 
     def _fill_space(self) -> None:
         unpack = EXTENT.unpack_from
-        used: list[Run] = [
-            unpack(rec, RECORD.size)[2:]
-            for rec in self.objects.values()
-            if rec[4] in SPACE and not rec[7]
-        ]
+        try:
+            used: list[Run] = [
+                unpack(rec, RECORD.size)[2:]
+                for rec in self.objects.values()
+                if rec[4] in SPACE and not rec[7]
+            ]
+        except struct.error as exc:
+            raise PoolDamaged("the record of an extent is too short") from exc
         used += ((place.start, place.length) for place in self.journal.halves)
         self.space.fill(used, self.size)
 
@@ -233,9 +250,10 @@ class Pool:
 
     @property
     def root(self) -> Oid | None:
-        """The root object's number, if one was set."""
+        """The root object's number, if one was set and has not been deleted."""
         rec = self.objects.get(0)
-        return Oid(int.from_bytes(rec[RECORD.size : RECORD.size + 8], "little")) if rec else None
+        oid = int.from_bytes(rec[RECORD.size : RECORD.size + 8], "little") if rec else 0
+        return Oid(oid) if oid in self.objects and oid else None
 
     # reading
 
@@ -344,7 +362,11 @@ class Pool:
             self.pmem.resize(size)
         sb = Superblock.from_buffer_copy(self.journal.superblock)
         sb.size = superblock.usable_size(size)
-        superblock.write(self.pmem, sb)
+        try:
+            superblock.write(self.pmem, sb)
+        except VfsmapError as exc:
+            self.fail(exc)
+            raise
         self.journal.superblock = sb
         self.space.free(old, self.size - old)
 

@@ -9,6 +9,7 @@ from vfsmap.pool.layout import BLOCK, FIRST_FREE, MAGIC, SUPERBLOCKS, VERSION, S
 from vfsmap.units import align_down
 
 SIZE = ctypes.sizeof(Superblock)
+_NEWER = "format version"
 
 
 def encode(superblock: Superblock) -> bytes:
@@ -25,16 +26,19 @@ def problem(raw: bytes, pool_bytes: int) -> str:
     if sb.checksum != zlib.crc32(raw[: Superblock.checksum.offset]):
         return "wrong checksum"
     if sb.version != VERSION or sb.features:
-        return f"format version {sb.version}, features {sb.features:#x}"
+        return f"{_NEWER} {sb.version}, features {sb.features:#x}"
     if sb.size > pool_bytes:
         return f"the pool is {sb.size} bytes long, its file only {pool_bytes}"
+    if sb.size % BLOCK:
+        return f"the pool's size, {sb.size}, is not a multiple of {BLOCK}"
     if sb.active > 1 or any(not _inside(h.start, h.length, sb.size) for h in sb.halves):
         return "the log lies outside the pool"
     return ""
 
 
 def _inside(start: int, length: int, size: int) -> bool:
-    return start % 8 == 0 and start >= FIRST_FREE and 0 < length <= size - start
+    whole_blocks = (start | length) % BLOCK == 0
+    return whole_blocks and start >= FIRST_FREE and 0 < length <= size - start
 
 
 def load(view: memoryview) -> tuple[Superblock, list[str]]:
@@ -54,6 +58,9 @@ def load(view: memoryview) -> tuple[Superblock, list[str]]:
             complaints.append(f"superblock at {at:#x}: {wrong}")
         else:
             copies.append((at, Superblock.from_buffer_copy(raw)))
+    newer = [complaint for complaint in complaints if _NEWER in complaint]
+    if newer:
+        raise NotAPool(f"{newer[0]}: made by a newer vfsmap; use that one")
     if not copies:
         raise _unusable(view, complaints)
     _, best = max(copies, key=lambda copy: copy[1].epoch)
@@ -64,21 +71,27 @@ def load(view: memoryview) -> tuple[Superblock, list[str]]:
 def _unusable(view: memoryview, complaints: list[str]) -> NotAPool | PoolDamaged:
     if not any(bytes(view[at : at + 8]) == MAGIC for at in SUPERBLOCKS):
         return NotAPool("not a vfsmap pool; make one with: vfsmap format")
-    if any("format version" in c for c in complaints):
-        return NotAPool(f"{complaints[0]}: made by a newer vfsmap; use that one")
     return PoolDamaged(f"no usable superblock: {'; '.join(complaints)}")
 
 
 def write(pmem: Pmem, superblock: Superblock) -> None:
     """Make ``superblock`` the one that holds.
 
+    The copy that is worth less is written first: while it is torn, the other one must hold.
+
     Crash: the old or the new one holds; everything either needs is durable before the first store.
     """
     superblock.epoch += 1
     raw = encode(superblock)
-    for at in SUPERBLOCKS:
+    for at in sorted(SUPERBLOCKS, key=lambda at: _epoch_at(pmem.view, at)):
         pmem.store(at, raw)
         pmem.persist(at, len(raw))  # the first persist is the commit point
+
+
+def _epoch_at(view: memoryview, at: int) -> int:
+    """Return the epoch of a copy, or -1 if it can't be used."""
+    raw = bytes(view[at : at + SIZE])
+    return -1 if problem(raw, len(view)) else int(Superblock.from_buffer_copy(raw).epoch)
 
 
 def usable_size(size: int) -> int:

@@ -9,6 +9,7 @@ from vfsmap.pool.journal import Journal
 from vfsmap.pool.layout import (
     EXTENT,
     RECORD,
+    USER_TAG,
     ExtentRecord,
     Root,
     end_record,
@@ -25,13 +26,15 @@ class Transaction:
     An exception inside the block, or a pool without room, leaves the pool as it was.
     """
 
-    __slots__ = ("_freed", "_journal", "_records", "_taken")
+    __slots__ = ("_exists", "_freed", "_journal", "_records", "_taken")
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._records: list[bytes] = []
         self._taken: list[Run] = []
         self._freed: list[Run] = []
+        self._exists: dict[int, bool] = {}
+        """Which typed objects and arenas there will be, of those that were made or deleted here."""
 
     def __enter__(self) -> Self:
         return self
@@ -111,26 +114,47 @@ class Transaction:
 
     def new(self, obj: ctypes.Structure) -> Oid:
         """Store a typed object under a new number and return that."""
-        oid = Oid(self.new_oid())
-        self.set(oid, obj)
+        oid = self._made()
+        self.put(oid, tag_of(type(obj)), bytes(obj))
         return oid
 
     def set(self, oid: Oid, obj: ctypes.Structure) -> None:
-        """Replace the content of a typed object."""
+        """Replace a typed object, by one of another type if need be.
+
+        Raises:
+            NotFound: there is no such object.
+            Invalid: it is not a typed object.
+        """
+        rec = self._require(oid)
+        if rec and not RECORD.unpack_from(rec)[1] & USER_TAG:
+            raise Invalid(f"object {oid} is not a typed object")
         self.put(oid, tag_of(type(obj)), bytes(obj))
 
     def delete(self, oid: Oid) -> None:
-        """End a typed object or an arena, and free its bytes.
+        """End a typed object or an arena of an earlier transaction, and free its bytes.
 
         Raises:
             NotFound: there is no such object.
         """
-        rec = self._journal.objects.get(oid)
+        rec = self._require(oid)
         if rec is None:
-            raise NotFound(f"there is no object {oid}")
+            raise Invalid(f"object {oid} was made in this transaction: abort it instead")
         if RECORD.unpack_from(rec)[1] == ExtentRecord.TAG:
             self.release(*EXTENT.unpack_from(rec, RECORD.size)[2:])
         self.end(oid)
+        self._exists[oid] = False
+
+    def _made(self) -> Oid:
+        oid = Oid(self.new_oid())
+        self._exists[oid] = True
+        return oid
+
+    def _require(self, oid: Oid) -> bytes | None:
+        """Return the record of an object that was there before this transaction, if it was."""
+        rec = self._journal.objects.get(oid)
+        if not self._exists.get(oid, rec is not None):
+            raise NotFound(f"there is no object {oid}")
+        return rec
 
     def allocate(self, size: int | str, *, level: Level = PTE) -> Oid:
         """Allocate an arena: one run of zeroed bytes that starts at a multiple of the level's size.
@@ -138,7 +162,7 @@ class Transaction:
         The length is rounded up to the level's size, never down.
 
         Raises:
-            Invalid: the size is 0.
+            Invalid: the size is 0, or is not one.
             NoSpace: there is no such run.
         """
         length = align_up(parse_size(size), level.size)
@@ -147,7 +171,7 @@ class Transaction:
         start, _ = self.take(length, level)
         if level.size < PMD.size:  # larger runs are zeroed already
             self._journal.space.clear(start, length)
-        oid = Oid(self.new_oid())
+        oid = self._made()
         self.put(oid, ExtentRecord.TAG, EXTENT.pack(0, 0, start, length))
         return oid
 

@@ -3,7 +3,7 @@
 import ctypes
 import zlib
 from functools import cache
-from typing import NewType
+from typing import Any, NewType
 
 from vfsmap.pool.layout import USER_TAG
 
@@ -17,8 +17,15 @@ def tag_of(kind: type[ctypes.Structure]) -> int:
 
     So an object stored by a program whose structure was another is refused, not misread.
     """
-    fields = ",".join(
-        f"{field[0]}:{field[1].__name__}:{getattr(kind, field[0]).offset}"
-        for field in kind._fields_
-    )
-    return USER_TAG | zlib.crc32(f"{kind.__name__}({fields})".encode())
+    return USER_TAG | zlib.crc32(_layout(kind).encode())
+
+
+def _layout(kind: Any) -> str:
+    """Return a type's name with its size and, for all it is made of, names, types and places."""
+    if issubclass(kind, ctypes.Array):
+        return f"{kind._length_}*{_layout(kind._type_)}"
+    parts = []
+    for base in reversed(kind.__mro__):
+        for name, part, *bits in vars(base).get("_fields_", ()):
+            parts.append(f"{name}:{_layout(part)}:{getattr(kind, name).offset}{bits}")
+    return f"{kind.__name__}:{ctypes.sizeof(kind)}({','.join(parts)})"
