@@ -45,10 +45,12 @@ def test_bound_text_is_what_the_real_kernel_had_in_memory(profile: str, name: st
     resident = host(profile).modules[name]
     found = bound(profile, name)
 
-    text = found.area(Area.TEXT)
+    text = found.placed.area(Area.TEXT)
 
-    assert found.image.text == resident.text
-    assert [hex(found.image.text.start + at) for at in wrong_lines(profile, name, text)] == []
+    assert found.placed.image.text == resident.text
+    assert [
+        hex(found.placed.image.text.start + at) for at in wrong_lines(profile, name, text)
+    ] == []
     assert hashlib.sha256(text).hexdigest() == resident.document.text_sha256
 
 
@@ -57,7 +59,7 @@ def test_every_section_lies_where_the_kernel_had_it(profile: str) -> None:
     for name, resident in host(profile).modules.items():
         found = module(profile, name)
         layout = Layout(found)
-        bases = bound(profile, name).bases
+        bases = bound(profile, name).placed.bases
         for number, spot in layout.places.items():
             section = found.elf.sections[number].name
             if section in resident.sections and spot.area is not Area.PERCPU:

@@ -4,7 +4,7 @@ The order is the kernel's: place, relocate, then patch table by table; a later p
 an earlier one.  Source: load_module() and module_finalize().
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from vfsmap.errors import Damaged, Invalid, NotFound
@@ -26,15 +26,15 @@ from vfsmap.kmod.keys import apply_jumps, apply_static_calls
 from vfsmap.kmod.layout import CORE, INIT, PERCPU, Area, Layout
 from vfsmap.kmod.memory import Memory, Region
 from vfsmap.kmod.module import Module
-from vfsmap.kmod.relocate import place, relocate, symbol_values
+from vfsmap.kmod.relocate import Resolver, place, relocate, symbol_values
 from vfsmap.kmod.sort import sort_tables
 from vfsmap.units import PTE
 
 ALL_AREAS: Final = (*CORE, *INIT)
 
 
-class Bound(NamedTuple):
-    """A module bound to a host."""
+class Placed(NamedTuple):
+    """A module at its addresses: relocated, not patched yet."""
 
     module: Module
     layout: Layout
@@ -42,9 +42,6 @@ class Bound(NamedTuple):
     bases: dict[Area, int]
     values: list[int]
     """The value of each symbol, in the file's order."""
-    thunk_pages: list[Region]
-    elsewhere: dict[int, bytes]
-    """Writes into other images that loading it brings with it."""
 
     def area(self, area: Area) -> bytes:
         """Return an area's bytes; none when the module has no such area."""
@@ -64,6 +61,15 @@ class Bound(NamedTuple):
             if row[3] and self.module.elf.symbol_name(row) == name:
                 return value
         raise NotFound(f"{self.module.name} has no function {name!r}")
+
+
+class Bound(NamedTuple):
+    """A module bound to a host."""
+
+    placed: Placed
+    thunk_pages: list[Region]
+    elsewhere: dict[int, bytes]
+    """Writes into other images that loading it brings with it."""
 
 
 def bases_from(host: Host, module: Module, layout: Layout) -> dict[Area, int]:
@@ -107,28 +113,22 @@ def bases_at(start: int, layout: Layout) -> dict[Area, int]:
     return bases
 
 
-def bind(
+def place_for(
     module: Module,
     host: Host,
     bases: dict[Area, int] | None = None,
-    *,
-    resolve: Callable[[str], int | None] | None = None,
-    others: list[Memory] | None = None,
-    thunk_pages: list[int] | None = None,
-    check_release: bool = True,
-) -> Bound:
-    """Return a module as ``host`` would have it in memory.
+    resolve: Resolver | None = None,
+) -> Placed:
+    """Return a module relocated for a host, its areas where the host has them or at ``bases``.
 
-    Its areas lie where the host has them, or at ``bases``.  ``resolve`` supplies symbols that the
-    host's document does not have, ``thunk_pages`` addresses for pages of thunks.  ``others`` are
-    images that it calls, to tell whether calls can be counted there.
+    ``resolve`` supplies symbols that the host's document does not have.
 
     Raises:
         Invalid: it was built for another kernel, or an address is not aligned.
         NotFound: a symbol, or the module's place on the host, is not known.
         Damaged: the module breaks a rule; the message names the section or symbol.
     """
-    if check_release and not host.user_space:
+    if not host.user_space:
         module.require_vermagic(host.release)
     layout = Layout(module)
     bases = bases_from(host, module, layout) if bases is None else bases
@@ -143,15 +143,34 @@ def bind(
 
     values = symbol_values(module, layout, bases, find)
     relocate(module, layout, bases, image, values)
+    return Placed(module, layout, image, bases, values)
+
+
+def bind(
+    module: Module,
+    host: Host,
+    bases: dict[Area, int] | None = None,
+    *,
+    resolve: Resolver | None = None,
+    others: Sequence[Memory] = (),
+    thunk_pages: Sequence[int] = (),
+) -> Bound:
+    """Return a module as ``host`` would have it in memory.
+
+    Arguments and errors are those of :func:`place_for`.  ``others`` are images that it calls, to
+    tell whether calls can be counted there; ``thunk_pages`` are addresses for pages of thunks, in
+    case the host's document names none.
+    """
+    placed = place_for(module, host, bases, resolve)
     resident = host.modules.get(module.name)
-    pages = resident.its_pages if resident and resident.its_pages else thunk_pages or []
-    thunks = Thunks(image, pages)
-    elsewhere = patch(image, host, thunks, others or [])
-    sort_tables(module, layout, bases, image)
-    return Bound(module, layout, image, bases, values, thunks.regions, elsewhere)
+    pages = resident.its_pages if resident and resident.its_pages else list(thunk_pages)
+    thunks = Thunks(placed.image, pages)
+    elsewhere = patch(placed.image, host, thunks, others)
+    sort_tables(module, placed.layout, placed.bases, placed.image)
+    return Bound(placed, thunks.regions, elsewhere)
 
 
-def patch(image: Image, host: Host, thunks: Thunks, others: list[Memory]) -> dict[int, bytes]:
+def patch(image: Image, host: Host, thunks: Thunks, others: Sequence[Memory]) -> dict[int, bytes]:
     """Patch an image's text for a host, in place; return what has to be written elsewhere."""
     apply_paravirt(image, host)
     apply_retpolines(image, host, thunks)

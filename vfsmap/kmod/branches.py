@@ -4,7 +4,7 @@ Source: arch/x86/kernel/alternative.c and callthunks.c of Linux 6.1 and 6.12.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from vfsmap.errors import Damaged, NotFound
@@ -214,7 +214,7 @@ def drop_tracing(image: Image, host: Host) -> None:
 class CallDepth:
     """Counts of calls, written in front of functions and called instead of them."""
 
-    def __init__(self, image: Image, host: Host, others: list[Memory]) -> None:
+    def __init__(self, image: Image, host: Host, others: Sequence[Memory]) -> None:
         self._image = image
         self._host = host
         self._others = others
@@ -227,6 +227,8 @@ class CallDepth:
 
     def apply(self) -> None:
         """Let all direct calls of core text be counted."""
+        for target in self._called_from_elsewhere():
+            self.pad(target)
         for address in self._sites():
             if address not in self._image.text:
                 continue
@@ -236,6 +238,12 @@ class CallDepth:
             target = address + 5 + int.from_bytes(code[1:], "little", signed=True) & MASK
             if (pad := self.pad(target)) is not None:
                 self._image.memory.write(address, branch(CALL, address, pad), CALLS)
+
+    def _called_from_elsewhere(self) -> Iterator[int]:
+        """Yield functions of this image that modules of the host import, and so call."""
+        for module in self._host.modules.values():
+            if module.text != self._image.text:
+                yield from (a for a in module.imports.values() if a in self._image.text)
 
     def _sites(self) -> Iterator[int]:
         yield from offsets(self._image, CALLS)

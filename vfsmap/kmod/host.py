@@ -58,6 +58,7 @@ class Document(msgspec.Struct, omit_defaults=True):
     static_key_enabled: dict[str, int] = {}
     static_call_func: Numbers = {}
     runtime_constants: dict[str, Number] = {}
+    its_pages: list[Number] = []
     modules: dict[str, ModuleDocument] = {}
     cpu_flags: list[str] = []
     vulnerabilities: list[str] = []
@@ -97,6 +98,7 @@ class Host:
         self.text = range(start, start + document.vmlinux_text_len)
         self.trampolines = {number(k): number(v) for k, v in document.tramp_to_key.items()}
         self.constants = _addresses(document.runtime_constants)
+        self.thunk_pages = [number(page) for page in document.its_pages]
         self.keys: dict[int, int] = {}
         self.calls: dict[int, int] = {}
         self.modules: dict[str, Resident] = {}

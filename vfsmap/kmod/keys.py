@@ -6,6 +6,7 @@ Source: kernel/jump_label.c, kernel/static_call_inline.c and arch/x86/kernel/sta
 from typing import Final
 
 from vfsmap.kmod.branches import (
+    BARE_RETURN,
     CALL,
     JUMP,
     TRAMPOLINE_END,
@@ -88,6 +89,8 @@ def _tail_code(image: Image, host: Host, address: int, function: int) -> bytes:
         return first[:1] + branch(first[1], address + 1, target)
     if function:
         return branch(JUMP, address, function)
+    if image.is_kernel and not image.dialect.relocates:
+        return BARE_RETURN  # written before return thunks are chosen, and not again
     return return_code(host, address)
 
 

@@ -1,0 +1,232 @@
+"""A whole kernel: unpacked from its boot image, with the tables of what it patches in itself.
+
+Source: Documentation/arch/x86/boot.rst (the header), arch/x86/tools/relocs.c (the words that follow
+the ELF file), include/asm-generic/vmlinux.lds.h.
+"""
+
+import struct
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+from vfsmap.errors import Damaged, NotFound
+from vfsmap.kmod.bind import patch
+from vfsmap.kmod.branches import BARE_RETURN, JUMP, Thunks, branch
+from vfsmap.kmod.compressed import is_packed, unpack
+from vfsmap.kmod.elf import ET_EXEC, SHF_ALLOC, Elf, Section
+from vfsmap.kmod.host import Host
+from vfsmap.kmod.image import (
+    FTRACE,
+    JUMPS,
+    NEW,
+    OLD,
+    RETURNS,
+    STATIC_CALLS,
+    TABLES,
+    Dialect,
+    Image,
+    Span,
+)
+from vfsmap.kmod.keys import is_trampoline
+from vfsmap.kmod.memory import Memory, Region
+from vfsmap.kmod.tables import constants, offsets
+from vfsmap.units import GIB
+
+_BOOT_MAGIC: Final = b"HdrS"
+_SECTORS, _MAGIC_AT, _VERSION_AT, _PAYLOAD_AT = 0x1F1, 0x202, 0x206, 0x248
+_WITH_PAYLOAD: Final = 0x208  # the header's version that first tells where the payload is
+_SECTOR: Final = 512
+_LOAD: Final = 1
+_WORD: Final = struct.Struct("<i")
+_HIGH: Final = 0xFFFF_FFFF_0000_0000
+
+MERGED: Final = {
+    JUMPS: ("__start___jump_table", "__stop___jump_table"),
+    STATIC_CALLS: ("__start_static_call_sites", "__stop_static_call_sites"),
+    FTRACE: ("__start_mcount_loc", "__stop_mcount_loc"),
+}
+"""Tables that are parts of larger sections; only symbols tell where."""
+
+_CONSTANT: Final = "runtime_"
+_KEY, _TRAMPOLINE = "__SCK__", "__SCT__"
+
+
+class Words(NamedTuple):
+    """The places to change when the kernel is not loaded where it was linked: low halves."""
+
+    add_64: list[int]
+    subtract_32: list[int]
+    add_32: list[int]
+
+
+class Kernel:
+    """A kernel as its build made it.
+
+    Raises:
+        Damaged: neither a boot image nor an ELF file of a kernel.
+        Unsupported: for another machine, or packed in a way that is not known.
+    """
+
+    def __init__(self, data: bytes, file_name: str = "vmlinux") -> None:
+        raw = payload(data, file_name)
+        self.elf = Elf(raw, file_name)
+        if self.elf.kind != ET_EXEC:
+            raise Damaged(f"{file_name} is an ELF file of type {self.elf.kind}, not a kernel")
+        self.raw = raw
+        self.text = self.elf.require(".text")
+        if any(s.kind == _LOAD and s.size > GIB for s in self.elf.segments):
+            raise Damaged(f"{file_name}: a segment is larger than a kernel can be")
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read a boot image (vmlinuz) or an ELF file (vmlinux)."""
+        return cls(path.read_bytes(), path.name)
+
+    @property
+    def release(self) -> str:
+        """The kernel's own name for its version, from its banner; empty when it has none."""
+        at = self.raw.find(b"Linux version ")
+        words = self.raw[at : at + 200].split(b" ", 3) if at >= 0 else []
+        return words[2].decode("ascii", "backslashreplace") if len(words) > 3 else ""
+
+    @property
+    def dialect(self) -> Dialect:
+        """Which kernel's patching this one does, told by the size of its alternatives."""
+        section = self.elf.by_name.get(".altinstructions")
+        if section is None or section.size % OLD.alternative_size:
+            return NEW
+        if section.size % NEW.alternative_size:
+            return OLD
+        return NEW if ".orc_header" in self.elf.by_name else OLD
+
+    @property
+    def words(self) -> Words:
+        """What has to change when the kernel is moved: three lists, each after a zero."""
+        tail = self.raw[self.elf.sections_end :]
+        whole = tail[len(tail) % _WORD.size :]
+        lists: list[list[int]] = []
+        found: list[int] = []
+        for (word,) in _WORD.iter_unpack(whole[::-1]):
+            value = int.from_bytes(word.to_bytes(4, "little", signed=True), "big", signed=True)
+            if value:
+                found.append(value)
+                continue
+            lists.append(found)
+            found = []
+            if len(lists) == len(Words._fields):
+                return Words(lists[2], lists[1], lists[0])
+        return Words([], [], [])
+
+    def image(self, host: Host | None = None) -> Image:
+        """Return the kernel in memory, unpatched, where it was linked.
+
+        Without a host, tables that only symbols tell of are left out.
+        """
+        memory = Memory(self.elf.name)
+        for number, segment in enumerate(self.elf.segments):
+            if segment.kind == _LOAD and segment.size:
+                data = bytearray(segment.size)
+                content = self.elf.data[segment.offset : segment.offset + segment.file_size]
+                data[: len(content)] = content[: segment.size]
+                memory.add(Region(f"segment {number}", segment.address, data))
+        span = range(self.text.address, self.text.address + self.text.size)
+        image = Image(memory, self.dialect, span, is_kernel=True)
+        for section in self.elf.sections:
+            if section.name in TABLES and section.flags & SHF_ALLOC:
+                image.tables[section.name] = Span(section.address, section.size)
+            elif section.name.startswith(_CONSTANT):
+                image.runtime_constants[section.name] = Span(section.address, section.size)
+        if host is not None:
+            _find_merged(image, host)
+        return image
+
+    def section_of(self, address: int) -> Section | None:
+        """Return the loaded section that holds an address."""
+        for section in self.elf.sections:
+            if section.is_loaded and 0 <= address - section.address < section.size:
+                return section
+        return None
+
+
+def payload(data: bytes, name: str) -> bytes:
+    """Return the ELF file in a boot image, or in a packed file, or ``data`` if it is one.
+
+    Raises:
+        Damaged: there is none.
+    """
+    if data[_MAGIC_AT : _MAGIC_AT + 4] != _BOOT_MAGIC:
+        return unpack(data, name)
+    (version,) = struct.unpack_from("<H", data, _VERSION_AT)
+    if version < _WITH_PAYLOAD or len(data) < _PAYLOAD_AT + 8:
+        raise Damaged(f"{name}: a boot image of version {version:#x} does not tell its payload")
+    start, length = struct.unpack_from("<II", data, _PAYLOAD_AT)
+    start += ((data[_SECTORS] or 4) + 1) * _SECTOR
+    packed = memoryview(data)[start : start + length]
+    if len(packed) < max(length, 8) or not is_packed(packed):
+        raise Damaged(f"{name}: no packed kernel at {start:#x}")
+    raw = unpack(packed[:-4], name)  # the last word is the unpacked size
+    (size,) = struct.unpack("<I", packed[-4:])
+    if size != len(raw):
+        raise Damaged(f"{name} unpacks to {len(raw)} bytes, its end promises {size}")
+    return raw
+
+
+def _find_merged(image: Image, host: Host) -> None:
+    for name, (first, last) in MERGED.items():
+        start, end = host.symbol(first), host.symbol(last)
+        if start is None or end is None:
+            raise NotFound(f"the host's document has no symbols {first} and {last}")
+        delta = image.text.start - host.text.start
+        image.tables[name] = Span(start + delta, max(0, end - start))
+
+
+def bind_kernel(kernel: Kernel, host: Host) -> tuple[Image, list[Region]]:
+    """Return a kernel as the host has it in memory, and pages of thunks made on the way.
+
+    Keys whose state the host's document does not tell stay as they were built.
+
+    Raises:
+        NotFound: the document lacks a symbol that is needed.
+        Damaged: a table makes no sense.
+    """
+    image = kernel.image(host)
+    thunks = Thunks(image, host.thunk_pages)
+    patch(image, host, thunks, [])
+    _set_trampolines(image, host)
+    _set_constants(image, host)
+    return image, thunks.regions
+
+
+def _set_trampolines(image: Image, host: Host) -> None:
+    """Let the trampolines of static calls go where their keys say."""
+    pairs = dict(host.trampolines)
+    returns = set(offsets(image, RETURNS))
+    for name, key in host.symbols.items():
+        # keys that modules can't reach are not in the kernel's own table
+        trampoline = host.symbols.get(_TRAMPOLINE + name.removeprefix(_KEY), 0)
+        if name.startswith(_KEY) and trampoline:
+            pairs[trampoline] = key
+    for trampoline, key in pairs.items():
+        function = host.calls.get(key)
+        if function is None or trampoline not in image.text:
+            continue
+        if not is_trampoline(image, trampoline):
+            continue
+        if function:
+            code = branch(JUMP, trampoline, function)
+        elif image.memory.read(trampoline, 1) == bytes([JUMP]) and trampoline not in returns:
+            code = BARE_RETURN  # so early in the boot that no return thunk is chosen yet
+        else:
+            continue
+        image.memory.write(trampoline, code, STATIC_CALLS)
+
+
+def _set_constants(image: Image, host: Host) -> None:
+    """Store the constants that the kernel computes at boot in its instructions."""
+    for name, span in image.runtime_constants.items():
+        kind, _, variable = name.removeprefix(_CONSTANT).partition("_")
+        value = host.constants.get(variable)
+        if value is None:
+            continue
+        size = 8 if kind == "ptr" else 1
+        for place in constants(image, span):
+            image.memory.write(place, value.to_bytes(size, "little"), name)
