@@ -226,8 +226,10 @@ class Hunter:
             every: try such crashes for one in so many images.
         """
         content, _ = base(medium)
-        self._seen: dict[tuple[int, int], list[Event]] = {}
-        """The images that were judged, and what recovery did to them."""
+        self.seen: set[tuple[int, int]] = set()
+        """The images that were judged, by digest and size."""
+        self._recoveries: dict[tuple[int, int], list[Event]] = {}
+        """What recovery does to the images that this workload's deaths leave."""
         self._every = every
         self._tally = tally
         self._samples = samples
@@ -243,6 +245,7 @@ class Hunter:
     def run(self, workload: Workload, *, only: Crash | None = None) -> None:
         """Try the crashes of a workload, or one."""
         self._only = only
+        self._recoveries.clear()
         with deterministic(tiny=workload.tiny):
             recording = record(workload, self._process.memory)
             with self._process.kept(), self._media.kept():
@@ -359,20 +362,21 @@ class Hunter:
         """
         key = image.value, size
         second = bool(scene.crash.choice)
-        if key not in self._seen:
-            self._tally.images += 1
-            self._tally.second += second
-            with image.kept():
-                verdict = judge(image.memory, size, self._kind, scene.expected)
-            if verdict.problems:
-                first, then = (scene.crash.choice, choice) if second else (choice, "")
-                named = scene.crash._replace(choice=first, second_choice=then)
-                self._tally.failures.append(Failure(named, verdict.problems))
-            self._seen[key] = [] if second or verdict.problems else verdict.recovery
-            if not second and self._hit(key):
-                return self._seen[key]
-        elif self._powered and choice[0] in "kt":
-            return self._seen[key] if self._hit(key) else []
+        if key in self.seen:
+            return self._recoveries.get(key, []) if choice[0] in "kt" and not second else []
+        self.seen.add(key)
+        self._tally.images += 1
+        self._tally.second += second
+        with image.kept():
+            verdict = judge(image.memory, size, self._kind, scene.expected)
+        if verdict.problems:
+            first, then = (scene.crash.choice, choice) if second else (choice, "")
+            named = scene.crash._replace(choice=first, second_choice=then)
+            self._tally.failures.append(Failure(named, verdict.problems))
+        elif not second and self._hit(key):
+            if self._powered and choice[0] in "kt":
+                self._recoveries[key] = verdict.recovery
+            return verdict.recovery
         return []
 
     def _hit(self, key: tuple[int, int]) -> bool:

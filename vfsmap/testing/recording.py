@@ -196,8 +196,7 @@ class RecordingPmem(Pmem):
         """Return None: there is no file system below."""
         return None
 
-    def resize(self, size: int) -> None:
-        """Record and do a growth of the medium."""
+    def _lengthen(self, size: int) -> None:
         if size > len(self.memory):
             raise Invalid(f"the recorded memory has only {len(self.memory)} bytes")
         self.events.append(Resize(size))

@@ -212,6 +212,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "large-attribute": lambda c: c.fs.setxattr(c.ino("d1"), b"user.large", b"w" * 3000),
     "remove-attribute": lambda c: c.fs.removexattr(c.ino("x"), b"user.one"),
     "align": lambda c: c.fs.set_align(c.ino("b"), PMD.shift),
+    "align-sparse": lambda c: c.fs.set_align(c.ino("s"), PMD.shift),
     "seal": lambda c: _seal(c, "b"),
     "read": lambda c: c.fs.read(c.ino("a"), 0, 100),
     "fsync": lambda c: c.fs.fsync(c.ino("a")),
