@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vfsmap.units import PMD, PTE, PUD, Level
 
 if TYPE_CHECKING:
-    from vfsmap.daemon.attach import map as map  # noqa: A004  # the name says what it does
+    from vfsmap.daemon.attach import map as map
     from vfsmap.mapping.window import Window as Window
 
 __version__ = "0.1.0"

@@ -55,7 +55,7 @@ class _Request:
         return Window(fd, extents, length, medium, **more)
 
 
-def map(  # noqa: A001  # vfsmap.map says what it does
+def map(
     path: str | os.PathLike[str],
     *,
     writable: bool = False,

@@ -39,6 +39,10 @@ _RECEIVE: Final = 1 << 18
 _FILESYSTEM_TYPE: Final = "fuse.vfsmap"
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
+# plain numbers: arithmetic with the enumerations of the socket module takes longer than a call
+_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
+_LOOK: Final = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
 _UCRED: Final = struct.Struct("3i")
 
 
@@ -133,7 +137,7 @@ class Client:
     def is_alive(self) -> bool:
         """Tell whether the daemon has kept this connection, and so the leases on it."""
         try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return bool(self._socket.recv(1, _LOOK))
         except BlockingIOError:
             return True
         except OSError:
@@ -160,7 +164,7 @@ class Client:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         data = memoryview(encode(call))
         try:
-            sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg([data], ancillary, _NOSIGNAL)
             if sent < len(data):
                 self._socket.sendall(data[sent:])
         except OSError as exc:
@@ -169,9 +173,7 @@ class Client:
     def _receive(self) -> Message:
         while (message := self._framer.next()) is None:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
-                    _RECEIVE, _ROOM, socket.MSG_CMSG_CLOEXEC
-                )
+                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE, _ROOM, _CLOEXEC)
             except OSError as exc:
                 raise self._gone() from exc
             found = array.array("i")

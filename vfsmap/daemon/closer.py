@@ -9,6 +9,7 @@ one that hangs keeps nobody else's waiting.
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
@@ -17,6 +18,9 @@ BACKLOG_MAX: Final = 256
 """Descriptors that a user may have waiting to be closed before being refused."""
 THREADS_MAX: Final = 64
 """Users whose descriptors may be closed at the same time before newcomers are refused."""
+_TURN: Final = 0.002
+"""Seconds between two looks of a thread that has had something to do lately."""
+_IDLE_TURNS: Final = 50
 _LINGER: Final = 10.0
 """Seconds that an idle thread stays; starting one costs more than a call."""
 
@@ -48,14 +52,30 @@ class Closer:
         return waiting.qsize() >= BACKLOG_MAX
 
     def _run(self, uid: int, waiting: "queue.SimpleQueue[int]") -> None:
-        while True:
-            try:
-                fd = waiting.get(timeout=_LINGER)
-            except queue.Empty:
-                with self._lock:
-                    if not waiting.empty():
-                        continue
+        idle = 0
+        while idle < _IDLE_TURNS or self._sleep(uid, waiting):
+            # while calls come thick and fast, waking this thread for each would slow them all down
+            time.sleep(_TURN)
+            idle += 1
+            with suppress(queue.Empty):
+                while True:
+                    _close(waiting.get_nowait())
+                    idle = 0
+
+    def _sleep(self, uid: int, waiting: "queue.SimpleQueue[int]") -> bool:
+        """Wait for a descriptor and close it; False: none came, and the thread is to end."""
+        try:
+            fd = waiting.get(timeout=_LINGER)
+        except queue.Empty:
+            with self._lock:
+                if waiting.empty():
                     del self._queues[uid]
-                    return
-            with suppress(OSError):  # what close(2) has to say concerns the sender
-                os.close(fd)
+                    return False
+            return True
+        _close(fd)
+        return True
+
+
+def _close(fd: int) -> None:
+    with suppress(OSError):  # what close(2) has to say concerns the sender
+        os.close(fd)

@@ -30,6 +30,10 @@ _Ready = Callable[[socket.socket], Awaitable[None]]
 _UCRED: Final = struct.Struct("3i")
 _SO_PEERGROUPS: Final = 59  # include/uapi/asm-generic/socket.h
 _SO_PEERPIDFD: Final = 77  # the same, since Linux 6.5
+# plain numbers: arithmetic with the enumerations of the socket module takes longer than a call
+_CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED: Final = int(socket.MSG_CTRUNC)
+_NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
 _GROUPS_MAX: Final = 65536  # NGROUPS_MAX, include/uapi/linux/limits.h
 # room for all that can come at once: what found no room would be closed by the kernel, here and now
 _ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
@@ -147,15 +151,13 @@ class Connection:
     def _read(self) -> bool:
         """Read once; False: the client has hung up."""
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                self._limits.call_max, _ROOM, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = self._socket.recvmsg(self._limits.call_max, _ROOM, _CLOEXEC)
         except BlockingIOError:
             return True
         except ConnectionError:
             return False
-        self._framer.feed(data, descriptors_in(ancillary))
-        if flags & socket.MSG_CTRUNC:
+        self._framer.feed(data, descriptors_in(ancillary) if ancillary else ())
+        if flags & _TRUNCATED:
             raise ProtocolError("descriptors that this process has no room for")
         return bool(data)
 
@@ -182,7 +184,7 @@ class Connection:
         deadline = math.inf
         while data:
             try:
-                sent = self._socket.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+                sent = self._socket.sendmsg([data], ancillary, _NOSIGNAL)
             except BlockingIOError:
                 sent = 0
             if sent:

@@ -9,6 +9,7 @@ from vfsmap.fs import ROOT, FileSystem, Inode
 from vfsmap.pmem.libc import statx_nosync
 
 _MOST_LINKS = 40  # as the kernel has it
+_UNCACHED = os.O_DIRECT | os.O_DSYNC
 
 
 def file_of_descriptor(fd: int, device: int, *, writing: bool) -> int:
@@ -34,6 +35,15 @@ def file_of_descriptor(fd: int, device: int, *, writing: bool) -> int:
     if mode == os.O_WRONLY:
         raise Denied("the file was not opened for reading")
     return status.ino
+
+
+def may_be_dirty(fd: int) -> bool:
+    """Tell whether a descriptor of our own mount may have dirty pages in the mount's cache.
+
+    O_DIRECT alone does not keep it from being mapped; with O_DSYNC, the mount makes it uncached.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return flags & os.O_ACCMODE != os.O_RDONLY and flags & _UNCACHED != _UNCACHED
 
 
 def file_of_path(fs: FileSystem, path: str) -> Inode:

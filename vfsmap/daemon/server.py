@@ -1,6 +1,7 @@
 """The daemon's door: a socket, those who come to it, and the calls they make."""
 
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,11 +40,12 @@ class Answer(NamedTuple):
     descriptors: tuple[int, ...] = ()
 
 
-class Caller(NamedTuple):
+class Caller:
     """Who calls, and with which descriptors."""
 
-    connection: Connection
-    descriptors: list[int]
+    def __init__(self, connection: Connection, descriptors: list[int]) -> None:
+        self.connection = connection
+        self._descriptors = descriptors
 
     def descriptor(self, index: int) -> int:
         """Return a descriptor that came with the call; it is closed when the call has ended.
@@ -51,9 +53,14 @@ class Caller(NamedTuple):
         Raises:
             VarlinkError: there is none of that index.
         """
-        if not 0 <= index < len(self.descriptors):
+        if not 0 <= index < len(self._descriptors):
             raise VarlinkError("InvalidParameter", parameter="file")
-        return self.descriptors[index]
+        return self._descriptors[index]
+
+    async def close_descriptor(self, fd: int) -> None:
+        """Close a descriptor before the reply is sent; only one that we ourselves serve."""
+        self._descriptors.remove(fd)
+        await trio.to_thread.run_sync(os.close, fd)
 
 
 class Method(NamedTuple):

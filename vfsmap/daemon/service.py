@@ -2,7 +2,8 @@
 
 import grp
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -22,10 +23,11 @@ from vfsmap.daemon.closer import Closer
 from vfsmap.daemon.connection import DEFAULT_LIMITS, Connection, Limits
 from vfsmap.daemon.ends import Ends, invalidate, show
 from vfsmap.daemon.events import Events
-from vfsmap.daemon.files import create_file, file_of_descriptor, file_of_path
+from vfsmap.daemon.files import create_file, file_of_descriptor, file_of_path, may_be_dirty
 from vfsmap.daemon.grants import Grants
 from vfsmap.daemon.listening import listening
 from vfsmap.daemon.server import Answer, Caller, Method, Server
+from vfsmap.daemon.varlink import readable
 from vfsmap.errors import Denied, Invalid, Untrusted, VfsmapError
 from vfsmap.fs import FileSystem
 from vfsmap.mapping.layout import merge
@@ -107,6 +109,24 @@ class Service:
             raise Invalid("name the file by the index of its descriptor, in the parameter file")
         return file_of_descriptor(caller.descriptor(wanted.file), self._device, writing=writing)
 
+    @asynccontextmanager
+    async def _named(
+        self, caller: Caller, wanted: FileCall, *, writing: bool = False
+    ) -> AsyncIterator[int]:
+        """Yield the number of the file that a call names.
+
+        A descriptor that counts as a cached writer is closed before the reply: else the caller
+        would be refused, now and then, what its own descriptor was in the way of.
+        """
+        ino = self._file(caller, wanted, writing=writing)
+        try:
+            yield ino
+        finally:
+            if wanted.file is not None:
+                fd = caller.descriptor(wanted.file)
+                if may_be_dirty(fd):
+                    await caller.close_descriptor(fd)
+
     # methods
 
     async def _get_info(self, caller: Caller, _: Nothing) -> Answer:
@@ -114,7 +134,7 @@ class Service:
         return Answer(
             {
                 "version": vfsmap.__version__,
-                "pool": str(pool.path),
+                "pool": readable(str(pool.path)),
                 "label": pool.label,
                 "uuid": str(pool.uuid),
                 "size": pool.size,
@@ -141,7 +161,7 @@ class Service:
         try:
             lease = await self._grant(caller, wanted)
         except VfsmapError as exc:
-            self._events.emit("refused", connection.holder, detail=str(exc))
+            self._events.emit("refused", connection.holder, detail=readable(str(exc)))
             raise
         self._ends.watch(connection)
         self._events.emit("granted", connection.holder, lease)
@@ -162,17 +182,17 @@ class Service:
         writable = bool(wanted.writable)
         if writable:
             self._fs.pool.require_writable()
-        ino = self._file(caller, wanted, writing=writable)
-        caller.connection.watch_process()
-        return await self._grants.grant(
-            ino,
-            caller.descriptor(wanted.file) if wanted.file is not None else None,
-            caller.connection.holder,
-            offset=wanted.offset or 0,
-            length=wanted.length,
-            writable=writable,
-            level=wanted.level or 0,
-        )
+        async with self._named(caller, wanted, writing=writable) as ino:
+            caller.connection.watch_process()
+            return await self._grants.grant(
+                ino,
+                caller.descriptor(wanted.file) if wanted.file is not None else None,
+                caller.connection.holder,
+                offset=wanted.offset or 0,
+                length=wanted.length,
+                writable=writable,
+                level=wanted.level or 0,
+            )
 
     async def _release(self, caller: Caller, wanted: LeaseCall) -> Answer:
         lease = self._grants.leases.get(wanted.lease, caller.connection.holder)
@@ -211,11 +231,10 @@ class Service:
         level = next((one for one in LEVELS if one.size == wanted.level), None)
         if wanted.level and level is None:
             raise Invalid(f"level {wanted.level}: the bytes of a page-table level are expected")
-        if wanted.create and self._device is None:
-            ino = create_file(self._fs, wanted.path or "").ino
-        else:
-            ino = self._file(caller, wanted, writing=True)
-        inode = await self._grants.allocate(ino, wanted.offset or 0, wanted.length, level)
+        if wanted.create and wanted.path is not None and self._device is None:
+            create_file(self._fs, wanted.path)
+        async with self._named(caller, wanted, writing=True) as ino:
+            inode = await self._grants.allocate(ino, wanted.offset or 0, wanted.length, level)
         if self._fs.pool.grouped:
             await self._sync()
         await invalidate(self._fs, ino)  # the kernel has cached the old size
@@ -223,11 +242,11 @@ class Service:
 
     async def _seal_file(self, caller: Caller, wanted: FileCall) -> Answer:
         self._require_trusted(caller.connection)
-        ino = self._file(caller, wanted)
-        owner = self._fs.file(ino).uid
-        if caller.connection.holder.uid not in (0, owner):
-            raise Denied(f"only root and the file's owner, user {owner}, may seal it")
-        digest = await self._seal(ino)
+        async with self._named(caller, wanted) as ino:
+            owner = self._fs.file(ino).uid
+            if caller.connection.holder.uid not in (0, owner):
+                raise Denied(f"only root and the file's owner, user {owner}, may seal it")
+            digest = await self._seal(ino)
         await invalidate(self._fs, ino)
         return Answer({"digest": str(digest)})
 

@@ -31,7 +31,7 @@ KERNEL_DESCRIPTORS_MAX: Final = 253
 INT_MAX: Final = (1 << 63) - 1
 
 _ERROR = re.compile(r"^error (\w+)", re.MULTILINE)
-_PARAMETER = re.compile(r"`(?:\$\.)?([^`]*)`$")
+_PARAMETER = re.compile(r"(?:at `\$\.|field `)([^`]*)`$")
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -75,23 +75,27 @@ class Framer:
         Raises:
             ProtocolError: a message is too large or has too many descriptors.
         """
+        self._descriptors += descriptors
         known = len(self._rest)
         self._rest += data
-        self._descriptors += descriptors
         end = self._rest.rfind(0, known)
         if end >= 0:
-            *whole, last = self._rest[:end].split(b"\0")
-            self._whole += (Message(bytes(raw), []) for raw in whole)
+            whole = bytes(self._rest[:end]).split(b"\0")
             del self._rest[: end + 1]
-            mine = [] if self._rest else self._descriptors
-            self._whole.append(Message(bytes(last), mine))
+            mine: list[int] = []
             if not self._rest:
-                self._descriptors = []
-        size = max(len(self._rest), *(len(message.raw) for message in self._whole), 0)
+                mine, self._descriptors = self._descriptors, mine
+            last = whole.pop()
+            self._whole += (Message(raw, []) for raw in whole)
+            self._whole.append(Message(last, mine))
+            for message in self._whole:
+                self._check(len(message.raw), len(message.descriptors))
+        self._check(len(self._rest), len(self._descriptors))
+
+    def _check(self, size: int, descriptors: int) -> None:
         if size > self._message_max:
             raise ProtocolError(f"a message of more than {self._message_max} bytes")
-        counts = (len(message.descriptors) for message in self._whole)
-        if max(len(self._descriptors), *counts, 0) > self._descriptors_max:
+        if descriptors > self._descriptors_max:
             raise ProtocolError(f"a message with more than {self._descriptors_max} descriptors")
 
     def next(self) -> Message | None:
@@ -211,7 +215,12 @@ def error_reply(exc: VfsmapError | VarlinkError) -> Reply:
         return Reply(exc.parameters, error=exc.name)
     name = next(k.__name__ for k in type(exc).__mro__ if k.__name__ in declared_errors())
     fields = {key: value for key, value in vars(exc).items() if isinstance(value, int | str)}
-    return Reply({"message": str(exc), **fields}, error=f"{INTERFACE}.{name}")
+    return Reply({"message": readable(str(exc)), **fields}, error=f"{INTERFACE}.{name}")
+
+
+def readable(text: str) -> str:
+    """Return a text that may name files of any bytes as JSON can carry it."""
+    return text.encode(errors="replace").decode()
 
 
 def error_of(error: str, parameters: dict[str, Any]) -> VfsmapError:
