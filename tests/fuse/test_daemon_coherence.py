@@ -18,8 +18,8 @@ from vfsmap.daemon.client import Client, connect
 from vfsmap.errors import Busy, Denied, Invalid, NotFound, Sealed, Unsupported
 from vfsmap.pmem import libc
 from vfsmap.pmem.pages import page_sizes
-from vfsmap.testing.media import tmpfs
 from vfsmap.testing.commands import Server, served_pool
+from vfsmap.testing.media import tmpfs
 from vfsmap.testing.users import as_user
 from vfsmap.units import KIB, MIB, PMD, PTE
 
