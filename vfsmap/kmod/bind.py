@@ -170,15 +170,25 @@ def bind(
     return Bound(placed, thunks.regions, elsewhere)
 
 
-def patch(image: Image, host: Host, thunks: Thunks, others: Sequence[Memory]) -> dict[int, bytes]:
-    """Patch an image's text for a host, in place; return what has to be written elsewhere."""
+def patch(
+    image: Image,
+    host: Host,
+    thunks: Thunks,
+    others: Sequence[Memory] = (),
+    *,
+    guess: bool = True,
+) -> dict[int, bytes]:
+    """Patch an image's text for a host, in place; return what has to be written elsewhere.
+
+    Where calls are counted, ``guess`` that what modules of the host import is called by them.
+    """
     apply_paravirt(image, host)
     apply_retpolines(image, host, thunks)
     apply_returns(image, host)
     apply_alternatives(image, host)
     depth = None
     if image.dialect.relocates and (host.call_depth or host.has(CALL_DEPTH)):
-        depth = CallDepth(image, host, others)
+        depth = CallDepth(image, host, others, guess=guess)
         depth.apply()
     seal_entries(image)
     if host.uniproc:

@@ -214,10 +214,14 @@ def drop_tracing(image: Image, host: Host) -> None:
 class CallDepth:
     """Counts of calls, written in front of functions and called instead of them."""
 
-    def __init__(self, image: Image, host: Host, others: Sequence[Memory]) -> None:
+    def __init__(
+        self, image: Image, host: Host, others: Sequence[Memory], *, guess: bool = True
+    ) -> None:
+        """Prepare; ``guess`` that every function that a module of the host imports is called."""
         self._image = image
         self._host = host
         self._others = others
+        self._guess = guess
         self._texts = [host.text, image.text, *(m.text for m in host.modules.values())]
         self._counter = host.require_symbol("pcpu_hot") + _COUNTER
         self._skipped = {host.symbols.get(name) for name in _NOT_COUNTED}
@@ -240,9 +244,9 @@ class CallDepth:
                 self._image.memory.write(address, branch(CALL, address, pad), CALLS)
 
     def _called_from_elsewhere(self) -> Iterator[int]:
-        """Yield functions of this image that modules of the host import, and so call."""
+        """Yield functions of this image that modules of the host import, and so likely call."""
         for module in self._host.modules.values():
-            if module.text != self._image.text:
+            if self._guess and module.text != self._image.text:
                 yield from (a for a in module.imports.values() if a in self._image.text)
 
     def _sites(self) -> Iterator[int]:

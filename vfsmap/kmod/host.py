@@ -146,6 +146,12 @@ class Host:
         """Tell whether the CPU, as Linux sees it, has a feature: word * 32 + bit."""
         return bool(self.capability[feature >> 5] >> (feature & 31) & 1)
 
+    def with_symbols(self, symbols: dict[str, int]) -> Self:
+        """Return the same host, that knows more symbols of the kernel; its own win."""
+        found = type(self)(self.document)
+        found.symbols = symbols | self.symbols
+        return found
+
     def symbol(self, name: str) -> int | None:
         """Return the address of a symbol of the kernel, or None."""
         return self.symbols.get(name)

@@ -5,16 +5,19 @@ the ELF file), include/asm-generic/vmlinux.lds.h.
 """
 
 import struct
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
-from vfsmap.errors import Damaged, NotFound
-from vfsmap.kmod.bind import patch
+from vfsmap.errors import Damaged, Invalid, NotFound
+from vfsmap.kmod.bind import Bound, patch
 from vfsmap.kmod.branches import BARE_RETURN, JUMP, Thunks, branch
 from vfsmap.kmod.compressed import is_packed, unpack
-from vfsmap.kmod.elf import ET_EXEC, SHF_ALLOC, Elf, Section
+from vfsmap.kmod.elf import ET_EXEC, Elf, Section
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import (
+    CALLS,
     FTRACE,
     JUMPS,
     NEW,
@@ -28,7 +31,9 @@ from vfsmap.kmod.image import (
 )
 from vfsmap.kmod.keys import is_trampoline
 from vfsmap.kmod.memory import Memory, Region
+from vfsmap.kmod.symbols import read_symbols
 from vfsmap.kmod.tables import constants, offsets
+from vfsmap.kmod.usual import usual_states
 from vfsmap.units import GIB
 
 _BOOT_MAGIC: Final = b"HdrS"
@@ -47,6 +52,7 @@ MERGED: Final = {
 """Tables that are parts of larger sections; only symbols tell where."""
 
 _CONSTANT: Final = "runtime_"
+_BUILD_ID: Final = b"GNU\0"
 _KEY, _TRAMPOLINE = "__SCK__", "__SCT__"
 
 
@@ -88,6 +94,20 @@ class Kernel:
         words = self.raw[at : at + 200].split(b" ", 3) if at >= 0 else []
         return words[2].decode("ascii", "backslashreplace") if len(words) > 3 else ""
 
+    @cached_property
+    def build_id(self) -> str:
+        """What the linker derived from all it linked, in hexadecimal; empty when it has none."""
+        notes = self.elf.by_name.get(".notes")
+        content = b"" if notes is None else bytes(self.elf.content(notes))
+        at = content.find(_BUILD_ID)
+        size = int.from_bytes(content[at - 8 : at - 4], "little") if at >= 8 else 0
+        return content[at + 4 : at + 4 + size].hex()
+
+    @cached_property
+    def symbols(self) -> dict[str, int]:
+        """The kernel's own table of symbols, at the addresses it was linked for."""
+        return read_symbols(self.raw)
+
     @property
     def dialect(self) -> Dialect:
         """Which kernel's patching this one does, told by the size of its alternatives."""
@@ -116,10 +136,11 @@ class Kernel:
                 return Words(lists[2], lists[1], lists[0])
         return Words([], [], [])
 
-    def image(self, host: Host | None = None) -> Image:
+    def image(self) -> Image:
         """Return the kernel in memory, unpatched, where it was linked.
 
-        Without a host, tables that only symbols tell of are left out.
+        Raises:
+            NotFound: it has no table of symbols, and so nothing tells where its tables are.
         """
         memory = Memory(self.elf.name)
         for number, segment in enumerate(self.elf.segments):
@@ -131,12 +152,15 @@ class Kernel:
         span = range(self.text.address, self.text.address + self.text.size)
         image = Image(memory, self.dialect, span, is_kernel=True)
         for section in self.elf.sections:
-            if section.name in TABLES and section.flags & SHF_ALLOC:
+            if section.name in TABLES and section.is_loaded:
                 image.tables[section.name] = Span(section.address, section.size)
             elif section.name.startswith(_CONSTANT):
                 image.runtime_constants[section.name] = Span(section.address, section.size)
-        if host is not None:
-            _find_merged(image, host)
+        for name, (first, last) in MERGED.items():
+            start, end = self.symbols.get(first), self.symbols.get(last)
+            if start is None or end is None:
+                raise NotFound(f"{self.elf.name} has no symbols {first} and {last}")
+            image.tables[name] = Span(start, max(0, end - start))
         return image
 
     def section_of(self, address: int) -> Section | None:
@@ -170,27 +194,41 @@ def payload(data: bytes, name: str) -> bytes:
     return raw
 
 
-def _find_merged(image: Image, host: Host) -> None:
-    for name, (first, last) in MERGED.items():
-        start, end = host.symbol(first), host.symbol(last)
-        if start is None or end is None:
-            raise NotFound(f"the host's document has no symbols {first} and {last}")
-        delta = image.text.start - host.text.start
-        image.tables[name] = Span(start + delta, max(0, end - start))
-
-
-def bind_kernel(kernel: Kernel, host: Host) -> tuple[Image, list[Region]]:
+def bind_kernel(
+    kernel: Kernel, host: Host, callers: Iterable[Bound] | None = None
+) -> tuple[Image, list[Region]]:
     """Return a kernel as the host has it in memory, and pages of thunks made on the way.
 
-    Keys whose state the host's document does not tell stay as they were built.
+    When the host's document does not tell the states of the kernel's own keys, the usual ones of
+    that build are taken, or they stay as they were built.  ``callers`` are the modules bound to
+    the same host; without them it is guessed which functions they call, which matters where calls
+    are counted.
 
     Raises:
-        NotFound: the document lacks a symbol that is needed.
+        Invalid: the host runs another kernel, or has it at another address.
+        NotFound: a symbol that is needed is not known.
         Damaged: a table makes no sense.
     """
-    image = kernel.image(host)
+    if kernel.release != host.release:
+        raise Invalid(f"{kernel.elf.name} is kernel {kernel.release}, the host runs {host.release}")
+    if host.text.start != kernel.text.address:
+        raise Invalid(
+            f"the host has its kernel at {host.text.start:#x}, {kernel.elf.name} was linked for "
+            f"{kernel.text.address:#x}; only hosts that boot with nokaslr are known"
+        )
+    host = host.with_symbols(kernel.symbols)
+    if not host.document.static_key_enabled:
+        usual = usual_states(kernel.build_id, host)
+        host.keys = usual.keys | host.keys
+        host.calls = usual.calls | host.calls
+        host.constants = usual.constants | host.constants
+    image = kernel.image()
     thunks = Thunks(image, host.thunk_pages)
-    patch(image, host, thunks, [])
+    patch(image, host, thunks, guess=callers is None)
+    for caller in callers or ():
+        for address, code in caller.elsewhere.items():
+            if address in image.text:
+                image.memory.write(address, code, CALLS)
     _set_trampolines(image, host)
     _set_constants(image, host)
     return image, thunks.regions

@@ -79,7 +79,7 @@ def describe(guest: Guest, kernel: Kernel, files: Iterable[Module]) -> Document:
         },
         tramp_to_key={hex(trampoline): hex(key) for trampoline, key in _trampolines(guest)},
     )
-    image = kernel.image(Host(document))
+    image = kernel.image()
     document.static_key_enabled, document.static_call_func = _states(guest, image, changed=True)
     document.runtime_constants = _constants(guest, image)
     document.its_pages = list(map(hex, _thunk_pages(guest, image)))

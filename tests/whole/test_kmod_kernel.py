@@ -1,0 +1,123 @@
+"""Whole kernels: unpacked, their symbols found, and bound as real boots had them in memory."""
+
+import functools
+import hashlib
+import struct
+from pathlib import Path
+
+import pytest
+
+from vfsmap.errors import Damaged, Invalid
+from vfsmap.kmod.bind import Bound, bind
+from vfsmap.kmod.host import Host
+from vfsmap.kmod.image import ALTERNATIVES, CALLS, FTRACE, JUMPS, RETURNS
+from vfsmap.kmod.kernel import Kernel, bind_kernel
+from vfsmap.kmod.layout import Area
+from vfsmap.kmod.module import Module
+from vfsmap.kmod.tables import sites
+from vfsmap.testing.kernels import modules, vmlinuz
+
+DATA = Path(__file__).parents[1] / "data" / "kmod"
+DIRECTORIES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
+DOCUMENTS = sorted(path.name.partition(".")[0] for path in DATA.glob("*.json.xz"))
+
+
+def package(profile: str) -> str:
+    return "612" if profile.startswith("612") else "61"
+
+
+@functools.cache
+def kernel(key: str) -> Kernel:
+    return Kernel.open(vmlinuz(key))
+
+
+def host(profile: str) -> Host:
+    path = DATA / profile / "host.json.xz"
+    return Host.open(path if path.exists() else DATA / f"{profile}.json.xz")
+
+
+def text_of(profile: str, callers: list[Bound] | None = None) -> bytes:
+    image, _ = bind_kernel(kernel(package(profile)), host(profile), callers)
+    return image.memory.read(image.text.start, len(image.text))
+
+
+@pytest.mark.parametrize("profile", DIRECTORIES)
+def test_bound_kernel_is_page_for_page_what_was_in_memory(profile: str) -> None:
+    text = text_of(profile)
+    pages = (DATA / profile / "vmlinux.pages").read_bytes()
+    wrong = [
+        at
+        for at in range(0, len(text), 4096)
+        if hashlib.blake2b(text[at : at + 4096], digest_size=8).digest()
+        != pages[at // 512 : at // 512 + 8]
+    ]
+    assert wrong == []
+    assert hashlib.sha256(text).hexdigest() == host(profile).document.vmlinux_text_sha256
+
+
+@pytest.mark.parametrize("profile", DOCUMENTS)
+def test_kernel_and_modules_of_other_profiles_are_what_was_in_memory(profile: str) -> None:
+    where = host(profile)
+    bound = [bind(Module.open(modules(package(profile))[name]), where) for name in where.modules]
+    for found in bound:
+        name = found.placed.module.name
+        wanted = where.modules[name].document.text_sha256
+        assert hashlib.sha256(found.placed.area(Area.TEXT)).hexdigest() == wanted, name
+    text = text_of(profile, bound)
+    assert hashlib.sha256(text).hexdigest() == where.document.vmlinux_text_sha256
+
+
+@pytest.mark.parametrize(
+    ("key", "symbols", "known"),
+    [("61", 82125, 0xFFFFFFFF81000000), ("612", 148055, 0xFFFFFFFF81000000)],
+)
+def test_symbols_are_found_in_a_stripped_kernel(key: str, symbols: int, known: int) -> None:
+    assert len(kernel(key).symbols) == symbols
+    assert kernel(key).symbols["_text"] == known
+    assert kernel(key).symbols["__fentry__"] == host(f"{key}max").symbols["__fentry__"]
+
+
+@pytest.mark.parametrize(
+    ("key", "counts"),
+    [
+        ("61", {ALTERNATIVES: 4207, RETURNS: 45964, JUMPS: 5822, FTRACE: 35609}),
+        ("612", {ALTERNATIVES: 8476, RETURNS: 55356, CALLS: 229649, JUMPS: 8749, FTRACE: 40339}),
+    ],
+)
+def test_tables_hold_as_many_sites_in_text_as_were_counted(
+    key: str, counts: dict[str, int]
+) -> None:
+    image = kernel(key).image()
+    for name, count in counts.items():
+        assert sum(site.address in image.text for site in sites(image, name)) == count, name
+
+
+def test_relocation_words_lie_in_text_as_counted() -> None:
+    words = kernel("61").words
+    text = kernel("61").text
+    low = text.address & 0xFFFFFFFF
+    inside = [sum(0 <= (word & 0xFFFFFFFF) - low < text.size for word in found) for found in words]
+    assert [len(found) > 0 for found in words] == [True, True, True]
+    assert inside[0] < 100 < inside[1] < inside[2]
+
+
+def test_a_host_with_its_kernel_elsewhere_is_refused() -> None:
+    where = host("61max")
+    where.text = range(0xFFFFFFFF9B000000, 0xFFFFFFFF9C000000)
+    with pytest.raises(Invalid, match="nokaslr"):
+        bind_kernel(kernel("61"), where)
+
+
+def test_a_cut_boot_image_is_refused_and_named() -> None:
+    raw = vmlinuz("612").read_bytes()
+    with pytest.raises(Damaged, match="vmlinuz"):
+        Kernel(raw[: len(raw) // 2], "vmlinuz")
+
+
+def test_a_boot_image_whose_end_promises_another_size_is_refused() -> None:
+    raw = bytearray(vmlinuz("612").read_bytes())
+    start, length = struct.unpack_from("<II", raw, 0x248)
+    end = (raw[0x1F1] + 1) * 512 + start + length
+    raw[end - 4 : end] = b"\1\0\0\0"
+    with pytest.raises(Damaged, match="its end promises 1"):
+        Kernel(bytes(raw), "vmlinuz")
