@@ -22,6 +22,7 @@ import click
 
 import vfsmap
 from vfsmap.errors import VfsmapError
+from vfsmap.pmem import lock_holder
 from vfsmap.pmem.libc import address_of
 from vfsmap.pmem.pages import page_sizes
 from vfsmap.units import MIB, format_size
@@ -148,17 +149,13 @@ def _sync(mountpoint: Path) -> None:
 
 
 def _kill_server(pool: Path) -> None:
-    """Kill the process that holds the pool's lock, and wait until it is gone."""
-    inode = f":{pool.stat().st_ino} "
-    for line in Path("/proc/locks").read_text().splitlines():
-        if " FLOCK " in line and inode in line:
-            pid = int(line.split()[4])
-            pidfd = os.pidfd_open(pid)
-            os.kill(pid, signal.SIGKILL)
-            select.select([pidfd], [], [])
-            os.close(pidfd)
-            return
-    raise VfsmapError(f"the demo failed: nobody serves {pool}")
+    pid = lock_holder(pool)
+    if pid is None:
+        raise VfsmapError(f"the demo failed: nobody serves {pool}")
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    os.close(pidfd)
 
 
 def _require_equal(one: Path, other: Path) -> None:

@@ -34,6 +34,7 @@ from vfsmap.pmem.medium import (
 from vfsmap.units import KIB, MIB, align_down, align_up, format_size
 
 _PAGE = 4 * KIB
+_LOCKS = Path("/proc/locks")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 _ZEROS = bytes(2 * MIB)
 
@@ -424,19 +425,24 @@ def _lock(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:
-        holder = _lock_holder(fd)
+        holder = lock_holder(path)
         by = f" by process {holder}" if holder else ""
         raise PoolInUse(f"{path} is in use{by}; unmount it or stop that process first") from exc
 
 
-def _lock_holder(fd: int) -> str:
-    """Return the process that holds the lock, as /proc/locks names it, or nothing."""
-    inode = f":{os.fstat(fd).st_ino}"
-    for line in Path("/proc/locks").read_text().splitlines():
+def lock_holder(path: Path) -> int | None:
+    """Return the process that has a medium open for writing, as the kernel's table of locks says.
+
+    None where there is none, or where it lives in another pid namespace.
+    """
+    status = path.stat()
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    wanted = f"{device}:{status.st_ino}"
+    for line in _LOCKS.read_text().splitlines():
         fields = line.split()
-        if fields[1] == "FLOCK" and fields[5].endswith(inode):
-            return fields[4]
-    return ""
+        if fields[1] == "FLOCK" and fields[5] == wanted and int(fields[4]) > 0:
+            return int(fields[4])
+    return None
 
 
 def _translated(exc: OSError, what: str) -> VfsmapError:

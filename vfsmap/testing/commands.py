@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vfsmap.pmem import lock_holder
 from vfsmap_tools.mounting import wait_until_free
 from vfsmap_tools.mounts import find_mount
 
@@ -43,11 +44,9 @@ class Server:
     @property
     def pid(self) -> int:
         """The server's process."""
-        inode = f":{self.pool.stat().st_ino} "
-        for line in Path("/proc/locks").read_text().splitlines():
-            if " FLOCK " in line and inode in line:
-                return int(line.split()[4])
-        raise AssertionError(f"nobody serves {self.pool}")
+        pid = lock_holder(self.pool)
+        assert pid is not None, f"nobody serves {self.pool}"
+        return pid
 
     def kill(self) -> None:
         """Kill the server with SIGKILL, and wait until it and its mount are gone."""
