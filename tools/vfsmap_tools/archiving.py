@@ -1,4 +1,4 @@
-"""The commands ``export`` and ``import``: a tree as a tar archive, with all that vfsmap knows of it.
+"""The commands ``export`` and ``import``: a tree as a tar archive, with all that vfsmap knows.
 
 The archive is POSIX pax.  Extended attributes are ``SCHILY.xattr.NAME`` headers, as GNU tar and
 bsdtar write them, so either can unpack it; alignment hints and digests of sealed files are headers

@@ -1,9 +1,13 @@
 """Group commits for both doors: one at a time, shared by all who wait."""
 
+import logging
+
 import trio
 
+from vfsmap.errors import VfsmapError
 from vfsmap.pool import Pool
 
+log = logging.getLogger("vfsmap")
 INTERVAL = 5.0
 """Seconds after which a change is durable on a page-cache medium even if nobody asks."""
 
@@ -44,4 +48,7 @@ class Committer:
         while self._pool.grouped and self._pool.failed is None:
             await trio.sleep(INTERVAL)
             if self._pool.journal.pending:
-                await self.sync()
+                try:
+                    await self.sync()
+                except VfsmapError as exc:
+                    log.error("the pool is read-only from now on: %s", exc)

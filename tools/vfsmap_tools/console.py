@@ -1,4 +1,4 @@
-"""How commands speak: sizes and levels as arguments, tables or JSON as output, errors as one line."""
+"""How commands speak: sizes as arguments, tables or JSON as output, errors as one line."""
 
 import functools
 import json

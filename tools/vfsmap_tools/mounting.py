@@ -53,7 +53,7 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def mount(
     pool: Path, directory: Path, options: tuple[str, ...], foreground: bool, **server: Any
 ) -> None:
-    """Mount a pool on a directory and start its mapping daemon.
+    r"""Mount a pool on a directory and start its mapping daemon.
 
     Returns when the mount answers.  The server writes everything back and unmounts on SIGTERM and
     SIGINT; a mount whose server has crashed goes away by itself.
@@ -193,7 +193,6 @@ def _serve(
 ) -> None:
     # here, not above: the doors are heavy, and the other commands do without them
     from vfsmap_fuse.mount import MountOptions
-
     from vfsmap_tools.server import ServerOptions, run_server
 
     _log_to(server["log"], verbose=server["verbose"])

@@ -3,20 +3,20 @@
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import trio
-from vfsmap.daemon.service import serve_mapping
-from vfsmap.pmem.procmaps import mapped_ranges
-from vfsmap_fuse.mount import MountOptions, mounted
 
+from vfsmap.daemon.service import serve_mapping
 from vfsmap.errors import Invalid
 from vfsmap.fs import FileSystem
+from vfsmap.pmem.procmaps import mapped_ranges
 from vfsmap.pool import Pool
+from vfsmap_fuse.mount import MountOptions, mounted
 from vfsmap_tools.committer import Committer
 from vfsmap_tools.sealer import seal_file
 
@@ -57,7 +57,17 @@ def run_server(
     Raises:
         VfsmapError: the pool can't be opened, or the mount or the socket can't be made.
     """
-    trio.run(_serve, path, mountpoint, options, ready)
+    try:
+        trio.run(_serve, path, mountpoint, options, ready)
+    except BaseExceptionGroup as group:
+        # one thing went wrong, and the rest was cancelled for it
+        raise _first(group) from group
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _serve(
@@ -66,6 +76,9 @@ async def _serve(
     pool = Pool.open(path, "r" if options.read_only else "w", promise=options.promise)
     if pool.failed:
         log.error("%s is damaged and can only be read: %s", path, pool.failed)
+    mount_options = options.mount
+    if not pool.writable:
+        mount_options = replace(mount_options, read_only=True)
     async with AsyncExitStack() as stack:
         fs = stack.enter_context(FileSystem(pool))
         if pool.writable:
@@ -92,7 +105,7 @@ async def _serve(
             ready()
             await trio.sleep_forever()
         async with mounted(
-            fs, mountpoint, options.mount, socket=socket, sync=committer.sync, seal=seal
+            fs, mountpoint, mount_options, socket=socket, sync=committer.sync, seal=seal
         ) as mount:
             await nursery.start(partial(serve, mount_device=mount.device))
             ready()
@@ -112,6 +125,3 @@ async def _trim(fs: FileSystem) -> None:
         await trio.sleep(_TRIM_INTERVAL)
         while fs.pool.writable and fs.pool.space.trim():
             await trio.lowlevel.checkpoint()
-
-
-Sync = Callable[[], Awaitable[None]]
