@@ -121,9 +121,11 @@ class Server:
             with self._admitted(who.uid, trusted=trusted):
                 while message := await connection.receive():
                     try:
-                        await self._answer(connection, message)
+                        goes_on = await self._answer(connection, message)
                     finally:
                         self._closer.close(who.uid, message.descriptors)
+                    if not goes_on:
+                        break
                     if not trusted:
                         await trio.sleep(self._limits.leisure)
         except ProtocolError as exc:
@@ -170,13 +172,14 @@ class Server:
             if not strangers[uid]:
                 del strangers[uid]
 
-    async def _answer(self, connection: Connection, message: Message) -> None:
+    async def _answer(self, connection: Connection, message: Message) -> bool:
+        """Answer a call; False: the connection has served its purpose."""
         call = decode(message.raw, Call)
         answer = Answer({})
         try:
             if call.method == f"{INTERFACE}.Events":
                 await self._stream(connection, call)
-                return
+                return False
             method = self._method(call.method)
             parameters = decode_parameters(call.parameters, method.parameters)
             answer = await method.handler(Caller(connection, message.descriptors), parameters)
@@ -188,6 +191,7 @@ class Server:
             reply = error_reply(VfsmapError("this is a bug in the daemon; its log has more"))
         if not call.oneway:
             await connection.send(reply, answer.descriptors)
+        return True
 
     def _method(self, full_name: str) -> Method:
         interface, _, name = full_name.rpartition(".")
@@ -204,7 +208,6 @@ class Server:
         if not call.more:
             raise VarlinkError("ExpectedMore")
         await self._handlers.stream(connection)
-        raise ConnectionAbortedError("who has listened has nothing more to say")
 
 
 async def _get_info(_: Caller, __: Nothing) -> Answer:
