@@ -115,7 +115,7 @@ def test_a_damaged_tree_is_reported_and_not_believed() -> None:
     for at in range(0, len(tree), 4096):
         wrong = bytearray(tree)
         wrong[at] ^= 1
-        with pytest.raises(Damaged, match="damaged at byte|needed"):
+        with pytest.raises(Damaged, match=r"damaged at byte|needed"):
             Verifier(descriptor, bytes(wrong))
     with pytest.raises(Damaged, match="are needed"):
         Verifier(descriptor, tree[:-1])

@@ -78,7 +78,7 @@ def test_a_module_that_the_host_has_not_loaded_needs_an_address() -> None:
 
 def test_missing_symbols_are_named() -> None:
     found = module("61max", "nf_defrag_ipv4")
-    with pytest.raises(NotFound, match="supplies no __fentry__, .*missing"):
+    with pytest.raises(NotFound, match=r"supplies no __fentry__, .*missing"):
         bind(
             found,
             Host.decode(b'{"kernel": "6.1.0-56-cloud-amd64", "x86_capability": []}'),
