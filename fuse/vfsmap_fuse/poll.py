@@ -31,7 +31,7 @@ TURN_NS: Final = 1_000_000
 """How long the other tasks of the loop wait at most while requests keep coming."""
 
 
-class _Turnstile:
+class Turnstile:
     """A lock that costs no trip through the scheduler while it is free.
 
     Whoever comes first gets it, so a worker that never blocks keeps it; one waiter at a time is
@@ -56,7 +56,7 @@ class _Turnstile:
             self._waiters.unpark()
 
 
-class _Watch:
+class Watch:
     """Waits until one descriptor is readable, first awake, then asleep."""
 
     def __init__(self, fd: int) -> None:
@@ -134,7 +134,7 @@ class _Lowlevel:
     """Stands in for ``trio.lowlevel``."""
 
     def __init__(self) -> None:
-        self._watches: dict[int, _Watch] = {}
+        self._watches: dict[int, Watch] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -142,7 +142,7 @@ class _Lowlevel:
     async def wait_readable(self, fd: int) -> None:
         watch = self._watches.get(fd)
         if watch is None:
-            watch = self._watches[fd] = _Watch(fd)
+            watch = self._watches[fd] = Watch(fd)
         await watch.readable()
 
     def notify_closing(self, fd: int) -> None:
@@ -157,7 +157,7 @@ class _Lowlevel:
 class _Stand:
     """Stands in for ``trio``."""
 
-    Lock = _Turnstile
+    Lock = Turnstile
 
     def __init__(self) -> None:
         self.lowlevel = _Lowlevel()

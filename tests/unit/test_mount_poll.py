@@ -1,0 +1,121 @@
+"""Waiting for requests awake: who is woken, when, and who else gets a turn."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pyfuse3
+import pytest
+import trio
+import trio.testing
+
+from vfsmap_fuse.poll import Turnstile, Watch, busy_polling
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+async def test_a_wait_ends_when_the_descriptor_is_readable_awake_and_asleep(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    watch = Watch(ours.fileno())
+    for _ in range(100):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch.readable)
+            theirs.send(b"x")
+        assert ours.recv(1) == b"x"
+    watch.forget()
+
+
+async def test_while_requests_keep_coming_other_tasks_have_their_turns(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    theirs.send(b"x")  # nobody reads it, so there always is a request
+    watch = Watch(ours.fileno())
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        for _ in range(5):
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        while turns < 5:
+            await watch.readable()
+    watch.forget()
+
+
+async def test_a_wait_can_be_cancelled(pair: tuple[socket.socket, socket.socket]) -> None:
+    watch = Watch(pair[0].fileno())
+    with trio.move_on_after(0):
+        await watch.readable()
+        pytest.fail("nothing was readable")
+    watch.forget()
+
+
+async def test_closing_ends_the_wait_under_way_and_every_later_one(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    watch = Watch(pair[0].fileno())
+
+    async def wait() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await watch.readable()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        watch.close()
+    await wait()
+    watch.forget()
+
+
+async def test_only_one_at_a_time_passes_the_turnstile_and_none_is_forgotten() -> None:
+    turnstile = Turnstile()
+    inside = passed = 0
+
+    async def pass_through() -> None:
+        nonlocal inside, passed
+        for _ in range(20):
+            async with turnstile:
+                inside += 1
+                assert inside == 1
+                await trio.lowlevel.checkpoint()
+                inside -= 1
+                passed += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(pass_through)
+    assert passed == 100
+
+
+async def test_a_free_turnstile_is_passed_without_giving_way() -> None:
+    turnstile = Turnstile()
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        async with turnstile:
+            assert turns == 0
+
+
+def test_the_stand_in_goes_when_the_block_ends() -> None:
+    with busy_polling():
+        stand_in = vars(pyfuse3)["trio"]
+        assert (stand_in is trio) == (len(os.sched_getaffinity(0)) < 2)
+        assert stand_in.open_nursery is trio.open_nursery
+        assert stand_in.lowlevel.current_task is trio.lowlevel.current_task
+    assert vars(pyfuse3)["trio"] is trio
