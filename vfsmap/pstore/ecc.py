@@ -59,6 +59,16 @@ class Code:
         parity = self.parity
         return b"".join([parity(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)])
 
+    def change(self, parity: bytes | memoryview, difference: bytes, after: int) -> bytes:
+        """Return the parity of a block some of whose bytes changed.
+
+        ``difference`` is old XOR new of the bytes that end ``after`` bytes before the block does.
+        """
+        end = BLOCK - after
+        tables = self._tables[end - len(difference) : end]
+        old = int.from_bytes(parity, "big")
+        return reduce(xor, map(getitem, tables, difference), old).to_bytes(self.size, "big")
+
     def repair(self, data: bytes, parity: bytes) -> Repair:
         """Return ``data`` with up to ``size // 2`` wrong bytes, in it or in its parity, mended."""
         if self.parity(data) == parity:

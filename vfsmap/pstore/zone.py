@@ -53,11 +53,13 @@ class Zone:
         self._words = self._head.cast("I")
         self.data = view[HEADER : HEADER + self.capacity]
         self._parity = view[HEADER + self.capacity : place.size]
+        self._header_parity = view[place.size - ecc : place.size]
         self._code = Code(ecc) if ecc else None
+        self._suspect: set[int] | None = None  # blocks whose parity may be wrong; None: all
 
     def release(self) -> None:
         """Let go of the buffer."""
-        for view in (self._words, self._head, self.data, self._parity):
+        for view in (self._words, self._head, self.data, self._parity, self._header_parity):
             view.release()
 
     @property
@@ -119,22 +121,34 @@ class Zone:
 
         Crash: the old bytes or the repaired ones, either of which the next attach can read.
         """
-        corrected = bad = 0
-        if self._code:
-            head, errors = self._code.repair(bytes(self._head), bytes(self._header_parity))
-            if errors > 0:
-                self._head[:] = head
-            corrected, bad = max(errors, 0), int(errors < 0)
-        self.require_signed()
-        if not self.valid:
-            self.zap()
+        errors = self.attach_header()
+        corrected, bad = max(errors, 0), int(errors < 0)
         if self.size and self._code:
             errors, lost = self._repair_blocks(self._code)
             corrected, bad = corrected + errors, bad + lost
         return Log(self.read(), corrected, bad)
 
-    def require_signed(self) -> None:
-        """Raise Damaged unless the signature fits the kind of zone."""
+    def attach_header(self) -> int:
+        """Repair the header, zap the zone if it makes no sense, and return the bytes mended.
+
+        -1 says that ECC could not mend it.
+
+        Raises:
+            Damaged: the signature is not one of this kind of zone, even after repair.
+
+        Crash: the old header, the repaired one, or an empty zone.
+        """
+        errors = 0
+        if self._code:
+            head, errors = self._code.repair(bytes(self._head), bytes(self._header_parity))
+            if errors > 0:
+                self._head[:] = head
+        self._require_signed()
+        if not self.valid:
+            self.zap()
+        return errors
+
+    def _require_signed(self) -> None:
         if not self.signed:
             kind, number, offset, _ = self.place
             raise Damaged(
@@ -154,12 +168,14 @@ class Zone:
             be stale or torn, and with ECC their blocks unmendable; nothing before them is.
         """
         room = self.capacity
-        if len(data) > room:
-            data = data[-room:]
         count = len(data)
+        if count > room:
+            data, count = data[-room:], room
         words = self._words
-        size = words[2] + count
-        words[2] = size if size < room else room
+        size = words[2]
+        if size < room:
+            size += count
+            words[2] = size if size < room else room
         old = words[1]
         end = old + count
         if end < room:
@@ -180,6 +196,15 @@ class Zone:
                 self.poke(0, data[cut:])
         self._protect_header()
 
+    def publish(self, size: int) -> None:
+        """Make the first ``size`` bytes of data the content of an empty zone.
+
+        Crash: an empty zone before the first store, the whole content after it.
+        """
+        self._words[2] = size  # the commit point
+        self._words[1] = size
+        self._protect_header()
+
     def poke(self, offset: int, data: bytes) -> None:
         """Store ``data`` at ``offset`` of the ring, with its parity, and leave the header alone.
 
@@ -197,26 +222,58 @@ class Zone:
         """
         if self._code is None:
             return
+        surveyed, self._suspect = self._suspect, None
         head = min(count, self.capacity - offset)
         for at, length in ((offset, head), (0, min(count - head, self.capacity))):
             self._put(self._code, at, bytes(self.data[at : at + length]))
+        self._suspect = surveyed
         self._protect_header()
+
+    def survey(self) -> None:
+        """Find the blocks whose parity is wrong: of the others a write need only code its change.
+
+        A write to a wrong one computes its parity afresh, as without a survey every write does.
+        """
+        if self._code:
+            blocks = range(-(-self.capacity // BLOCK))
+            self._suspect = {n for n in blocks if not self._is_whole(self._code, n)}
+
+    def _is_whole(self, code: Code, number: int) -> bool:
+        block = bytes(self.data[number * BLOCK : (number + 1) * BLOCK])
+        parity = self._parity[number * code.size : (number + 1) * code.size]
+        return parity == (code.parity(block) if any(block) else bytes(code.size))
 
     def _put(self, code: Code, offset: int, data: bytes) -> None:
         # Parity is computed before the stores, so that data and parity differ only for a moment.
         end = offset + len(data)
-        first = offset // BLOCK
-        base = first * BLOCK
-        limit = min(-(-end // BLOCK) * BLOCK, self.capacity)
-        blocks = b"".join((self.data[base:offset], data, self.data[end:limit]))
-        parity = code.parities(blocks)
+        first, last = offset // BLOCK, max(offset, end - 1) // BLOCK
+        suspect = self._suspect
+        if suspect is None or (suspect and not suspect.isdisjoint(range(first, last + 1))):
+            base, limit = first * BLOCK, min((last + 1) * BLOCK, self.capacity)
+            parity = code.parities(b"".join((self.data[base:offset], data, self.data[end:limit])))
+            if suspect:
+                suspect.difference_update(range(first, last + 1))
+        else:
+            parity = self._change(code, offset, data)
         at = first * code.size
         self.data[offset:end] = data
         self._parity[at : at + len(parity)] = parity
 
-    @property
-    def _header_parity(self) -> memoryview:
-        return self._parity[len(self._parity) - (self._code.size if self._code else 0) :]
+    def _change(self, code: Code, offset: int, data: bytes) -> bytes:
+        """Return the parity of the blocks that ``data`` touches, from what changes."""
+        end, size = offset + len(data), code.size
+        new, old = int.from_bytes(data, "big"), int.from_bytes(self.data[offset:end], "big")
+        difference = (new ^ old).to_bytes(end - offset, "big")
+        parity = b""
+        at = offset
+        while at < end:
+            number = at // BLOCK
+            limit = min(number * BLOCK + BLOCK, self.capacity)
+            stop = min(limit, end)
+            was = self._parity[number * size : number * size + size]
+            parity += code.change(was, difference[at - offset : stop - offset], limit - stop)
+            at = stop
+        return parity
 
     def _protect_header(self) -> None:
         if self._code:
