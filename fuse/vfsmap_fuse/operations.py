@@ -86,7 +86,10 @@ class Operations(pyfuse3.Operations):
     def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name; the kernel remembers that there is none."""
         if name == b".":  # asked of files too, when a file handle from before is opened
-            return self._known_entry(self.fs.get(parent))
+            inode = self.fs.get(parent)
+            if inode.nlink == 0:
+                raise NotFound(f"inode {parent} has no name left")
+            return self._known_entry(inode)
         try:
             inode = self.fs.lookup(parent, name)
         except NotFound:
