@@ -279,9 +279,12 @@ class Pmem:
         return True
 
     def collapse(self, offset: int, length: int) -> None:
-        """Ask for huge pages behind a reserved range, where the policy alone does not give them."""
-        if self.medium.name == "tmpfs" and self.medium.huge not in ("always", "within_size"):
-            # "never" and a lack of free huge pages are answered by an error: it stays small then
+        """Have huge pages behind a reserved range of a tmpfs.
+
+        Its policy may not give them by itself, and even "always" gives small ones when no huge page
+        is free at that moment; this call makes room, or the range stays small.
+        """
+        if self.medium.name == "tmpfs":
             libc.try_collapse(libc.address_of(self._map) + offset, length)
 
     def room(self) -> int | None:
