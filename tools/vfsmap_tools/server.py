@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import stat
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -38,13 +39,20 @@ class ServerOptions:
 
 
 def default_socket(pool: Pool) -> Path:
-    """Return where a pool's daemon listens: under /run for root, else in the user's place."""
-    if os.geteuid() == 0:
+    """Return where a pool's daemon listens: under /run for root, else in the user's own place.
+
+    Raises:
+        Invalid: somebody else has taken that place.
+    """
+    user = os.geteuid()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if user == 0:
         base = Path("/run/vfsmap")
     else:
-        base = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/vfsmap-{os.geteuid()}") / "vfsmap"
-    base.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-    if base.stat().st_uid != os.geteuid():
+        base = Path(runtime) / "vfsmap" if runtime else Path(f"/tmp/vfsmap-{user}")
+    base.mkdir(mode=0o700 if user else 0o755, exist_ok=True)
+    status = base.lstat()
+    if status.st_uid != user or not stat.S_ISDIR(status.st_mode):
         raise Invalid(f"{base} belongs to somebody else; name a socket with --socket")
     return base / f"{pool.uuid}.socket"
 
