@@ -183,3 +183,9 @@ class ProtocolError(VfsmapError):
     """The peer broke the wire protocol."""
 
     errno = linux.EPROTO
+
+
+class Crashed(VfsmapError):
+    """Code that ran in a process of its own did something that ended it."""
+
+    errno = linux.EIO

@@ -57,10 +57,18 @@ class Placed(NamedTuple):
             NotFound: the module has no such function.
         """
         self.module.function(name)
+        return self.address_of_symbol(name)
+
+    def address_of_symbol(self, name: str) -> int:
+        """Return the address of anything the module defines.
+
+        Raises:
+            NotFound: the module defines no such symbol.
+        """
         for row, value in zip(self.module.elf.symbol_rows, self.values, strict=True):
             if row[3] and self.module.elf.symbol_name(row) == name:
                 return value
-        raise NotFound(f"{self.module.name} has no function {name!r}")
+        raise NotFound(f"{self.module.name} defines no symbol {name!r}")
 
 
 class Bound(NamedTuple):
