@@ -37,7 +37,10 @@ class Region:
 
     def __init__(self, backing: Backing, geometry: Geometry | None = None) -> None:
         self._backing = backing
-        view = backing.view
+        view = self.view = backing.view
+        """All bytes there are; the region's own are the first ``geometry.size``."""
+        self.key = backing.key
+        """Device and inode of the file; None: a buffer."""
         self.writable = not view.readonly
         self.geometry = geometry or detect(view)
         require_size(view, self.geometry)
@@ -104,7 +107,7 @@ class Region:
 
     def files(self, symbols: Symbols | None = None) -> list[File]:
         """Return what /sys/fs/pstore would show, in the kernel's order."""
-        return read_files(self._backing.view, self.geometry, symbols)
+        return read_files(self.view, self.geometry, symbols)
 
     def file(self, name: str, symbols: Symbols | None = None) -> File:
         """Return one of the files.
@@ -249,9 +252,9 @@ class Region:
 
     def fault_file(self, pid: int, *, remove: bool = False) -> str | None:
         """Return the path where a process notes its fatal signals; None: the region is no file."""
-        if self._backing.key is None:
+        if self.key is None:
             return None
-        path = fault_file(self._backing.key, pid)
+        path = fault_file(self.key, pid)
         if remove:
             path.unlink(missing_ok=True)
         return str(path)

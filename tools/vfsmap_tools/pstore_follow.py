@@ -1,0 +1,53 @@
+"""``vfsmap pstore show --follow``: print a zone's bytes as they come."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from vfsmap.errors import Invalid, NotFound
+from vfsmap.pstore import Region
+from vfsmap.pstore.zone import Zone
+
+_PAUSE: Final = 0.1  # seconds between two looks
+
+
+def follow_zone(region: Region, kind: str, *, as_json: bool) -> None:
+    """Print what the console or the pmsg zone holds, and what is added, until interrupted."""
+    if kind not in ("console", "pmsg"):
+        raise Invalid(f"{kind} can't be followed; name console-ramoops-0 or pmsg-ramoops-0")
+    zone = region.zone("console" if kind == "console" else "pmsg")
+    if zone is None:
+        raise NotFound(f"the region has no {kind} zone")
+    try:
+        for piece in grow(zone):
+            if as_json:
+                print(json.dumps({"text": piece.decode(errors="replace")}), flush=True)
+            else:
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+            if not piece:
+                time.sleep(_PAUSE)
+    except KeyboardInterrupt:
+        pass
+
+
+def grow(zone: Zone) -> Iterator[bytes]:
+    """Yield a zone's content, then what was added since; nothing while nothing was.
+
+    More than a whole ring between two looks is lost, and can't be told from less.
+    """
+    at, size = zone.start, zone.size
+    yield zone.read()
+    while True:
+        start, now = zone.start, zone.size
+        if now < size or start > zone.capacity:  # erased, and perhaps begun anew
+            at = 0
+        size = now
+        if at == start:
+            yield b""
+            continue
+        data = zone.data
+        yield bytes(data[at:start]) if at < start else bytes(data[at:]) + bytes(data[:start])
+        at = start
