@@ -114,7 +114,7 @@ class Server:
         )
         for image in _with_dependencies(store, host, start.images):
             self._loader.load(image)
-        stubs = store.stubs()
+        stubs = store.index.stubs()
         self._runtime = Runtime(stubs.functions, stubs.variables, host.capability, self._unbound)
 
     def _unbound(self, name: str) -> NoReturn:

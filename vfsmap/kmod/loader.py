@@ -13,10 +13,11 @@ from vfsmap.errors import Damaged, NotFound
 from vfsmap.guard import Guards, Policy, TextGuard, Violation
 from vfsmap.kmod.bind import Bound, Placed, bases_from, bind
 from vfsmap.kmod.host import Host
+from vfsmap.kmod.index import Variant, host_digest
 from vfsmap.kmod.layout import Area
 from vfsmap.kmod.pack import COPIED, DATA, RODATA, TEXT, damaged_blocks
 from vfsmap.kmod.plan import pokes_between, toggle_pokes, trace_pokes, write_set
-from vfsmap.kmod.store import Store, Variant, host_digest
+from vfsmap.kmod.store import Store
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc
 from vfsmap.units import PTE, Level, align_down, align_up

@@ -8,103 +8,39 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
 from vfsmap.errors import Damaged, Exists, Invalid, NotFound
 from vfsmap.kmod.bind import Bound, Placed, bases_from, bind, place_for
 from vfsmap.kmod.host import MODULE_AREA, Host
+from vfsmap.kmod.index import Index, Pack, Variant, host_digest, symbols_digest
 from vfsmap.kmod.layout import Area, Layout
+from vfsmap.kmod.linker import Linker, in_order
 from vfsmap.kmod.module import Module
 from vfsmap.kmod.pack import (
     DATA,
     FILES,
     IN_PLACE,
     TEXT,
-    PackFile,
     arrange,
     damaged_blocks,
     data_parts,
     in_units,
     write_file,
 )
-from vfsmap.kmod.relocate import PLT32, Resolver
+from vfsmap.kmod.relocate import Resolver
 from vfsmap.kmod.userspace import (
-    FIRST_SLOT,
-    FIRST_VARIABLE,
     IMAGES,
     IMAGES_END,
-    SLOT,
-    SLOTS_MAX,
-    STUBS,
-    VARIABLE,
-    VARIABLES,
-    VARIABLES_MAX,
 )
 from vfsmap.units import PMD, PTE, align_up
 
 _INDEX: Final = "index.json"
 _MODULES_END: Final = 0xFFFF_FFFF_FF00_0000
-
-
-class Variant(msgspec.Struct, frozen=True):
-    """One module bound to one host."""
-
-    name: str
-    build_id: str
-    source: str
-    """sha256 of the unpacked module file."""
-    host: str
-    """Digest of the host's document."""
-    profile: str
-    """Digest of the CPU features and mitigations it was patched for."""
-    symbols: str
-    """Digest of what its imports were bound to."""
-    pack: str
-    bases: dict[str, int]
-    sizes: dict[str, int]
-    offsets: dict[str, int]
-    """Where each copied area lies in the pack's data file."""
-    thunk_pages: list[int] = []
-
-    @property
-    def text(self) -> range:
-        """The addresses of its text."""
-        start = self.bases[Area.TEXT.value]
-        return range(start, start + self.sizes[Area.TEXT.value])
-
-    @property
-    def areas(self) -> dict[Area, int]:
-        """Where its areas lie."""
-        return {Area(name): base for name, base in self.bases.items()}
-
-
-class Pack(msgspec.Struct, frozen=True):
-    """Modules that were bound together."""
-
-    files: dict[str, PackFile]
-    modules: list[str]
-
-
-class Index(msgspec.Struct):
-    """What a store holds."""
-
-    version: int = 1
-    packs: dict[str, Pack] = {}
-    variants: list[Variant] = []
-    functions: list[str] = []
-    """Imports that got a stub, in the order of their slots."""
-    variables: list[str] = []
-
-
-class Stubs(NamedTuple):
-    """Places of stand-ins for what modules import, in user space."""
-
-    functions: list[tuple[str, int]]
-    variables: list[tuple[str, int]]
 
 
 class Store:
@@ -189,17 +125,7 @@ class Store:
 
     def resolver(self, variant: Variant, host: Host) -> Resolver:
         """Return what supplies symbols that the host's document does not have."""
-        return _Linker(self, host, self.source(variant), []).resolve
-
-    def stubs(self) -> Stubs:
-        """Return all places of stand-ins."""
-        return Stubs(
-            [(n, STUBS + SLOT * (FIRST_SLOT + i)) for i, n in enumerate(self.index.functions)],
-            [
-                (n, VARIABLES + VARIABLE * (FIRST_VARIABLE + i))
-                for i, n in enumerate(self.index.variables)
-            ],
-        )
+        return Linker(self, host, self.source(variant), []).resolve
 
     def add(self, modules: Sequence[Module], host: Host, at: int | None = None) -> list[Variant]:
         """Bind modules to a host and keep them, as one pack; return the new variants.
@@ -251,9 +177,10 @@ class Store:
                     f"addresses that they can be reached at"
                 )
         bound: list[Bound] = []
-        for module, place in zip(_in_order(modules), _reordered(modules, places), strict=True):
-            linker = _Linker(self, host, module, [b.placed for b in bound])
-            bound.append(bind(module, host, place, resolve=linker.resolve))
+        place_of = {m.name: place for m, place in zip(modules, places, strict=True)}
+        for module in in_order(modules):
+            linker = Linker(self, host, module, [b.placed for b in bound])
+            bound.append(bind(module, host, place_of[module.name], resolve=linker.resolve))
         return bound
 
     def _free_unit(self, host: Host) -> int:
@@ -376,97 +303,6 @@ class Store:
                 if found:
                     wrong[str(path.relative_to(self.directory))] = found
         return wrong
-
-
-class _Linker:
-    """Resolves what the host's document does not tell: other images, and stubs in user space."""
-
-    def __init__(self, store: Store, host: Host, module: Module, others: list[Placed]) -> None:
-        self._store = store
-        self._host = host
-        self._module = module
-        self._others = others
-
-    def resolve(self, name: str) -> int | None:
-        for placed in self._others:
-            if name in placed.module.exports:
-                return placed.address_of_symbol(name)
-        if not self._host.user_space:
-            return None
-        return self._from_store(name) or self._stub(name)
-
-    def _from_store(self, name: str) -> int | None:
-        for depended in self._module.depends:
-            for variant in self._store.index.variants:
-                if variant.name != depended.replace("-", "_"):
-                    continue
-                if not self._store.host(variant).user_space:
-                    continue
-                placed = self._store.placed(variant)
-                if name in placed.module.exports:
-                    return placed.address_of_symbol(name)
-        return None
-
-    def _stub(self, name: str) -> int:
-        """Return the place of a stand-in, a new one if need be."""
-        index = self._store.index
-        is_function = name in index.functions or (
-            name not in index.variables and self._is_called(name)
-        )
-        names = index.functions if is_function else index.variables
-        if name not in names:
-            names.append(name)
-            if FIRST_SLOT + len(index.functions) > SLOTS_MAX or len(names) >= VARIABLES_MAX:
-                raise Invalid(f"{self._store.directory}: there is no room for more imports")
-        places = self._store.stubs()
-        return dict(places.functions if is_function else places.variables)[name]
-
-    def _is_called(self, name: str) -> bool:
-        """Tell a function from a variable: something calls it."""
-        elf = self._module.elf
-        for section in elf.sections:
-            for _, info, _ in elf.relocations(section) if section.is_loaded else ():
-                if info & 0xFFFF_FFFF == PLT32 and elf.symbols[info >> 32].name == name:
-                    return True
-        return False
-
-
-def host_digest(host: Host) -> str:
-    """Return what tells one host's document from another."""
-    return hashlib.blake2b(host.encode(), digest_size=16).hexdigest()
-
-
-def symbols_digest(placed: Placed) -> str:
-    """Return what tells one binding of a module's imports from another."""
-    rows = zip(placed.module.elf.symbol_rows, placed.values, strict=True)
-    imports = sorted((placed.module.elf.symbol_name(row), v) for row, v in rows if row[3] == 0)
-    return hashlib.blake2b(repr(imports).encode(), digest_size=16).hexdigest()
-
-
-def _in_order(modules: Sequence[Module]) -> list[Module]:
-    """Return modules with those that others depend on first."""
-    by_name = {module.name: module for module in modules}
-    done: dict[str, Module] = {}
-
-    def visit(module: Module, above: tuple[str, ...]) -> None:
-        if module.name in done or module.name in above:
-            return
-        for name in module.depends:
-            if (other := by_name.get(name.replace("-", "_"))) is not None:
-                visit(other, (*above, module.name))
-        done[module.name] = module
-
-    for module in modules:
-        visit(module, ())
-    return list(done.values())
-
-
-def _reordered(
-    modules: Sequence[Module], places: Iterable[dict[Area, int]]
-) -> list[dict[Area, int]]:
-    """Return places in the order of :func:`_in_order`."""
-    by_name = {module.name: place for module, place in zip(modules, places, strict=True)}
-    return [by_name[module.name] for module in _in_order(modules)]
 
 
 def _make_empty(directory: Path) -> None:

@@ -1,0 +1,90 @@
+"""Linking: what the imports of a module are bound to beyond what the host's document tells."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vfsmap.errors import Invalid
+from vfsmap.kmod.bind import Placed
+from vfsmap.kmod.host import Host
+from vfsmap.kmod.module import Module
+from vfsmap.kmod.relocate import PLT32
+from vfsmap.kmod.userspace import FIRST_SLOT, SLOTS_MAX, VARIABLES_MAX
+
+if TYPE_CHECKING:
+    from vfsmap.kmod.store import Store
+
+
+class Linker:
+    """Resolves what the host's document does not tell: other images, and stubs in user space."""
+
+    def __init__(self, store: "Store", host: Host, module: Module, others: list[Placed]) -> None:
+        self._store = store
+        self._host = host
+        self._module = module
+        self._others = others
+
+    def resolve(self, name: str) -> int | None:
+        """Return the address of an import, or None when nobody supplies it.
+
+        Raises:
+            Invalid: the store has no room for more stand-ins.
+        """
+        for placed in self._others:
+            if name in placed.module.exports:
+                return placed.address_of_symbol(name)
+        if not self._host.user_space:
+            return None
+        return self._from_store(name) or self._stub(name)
+
+    def _from_store(self, name: str) -> int | None:
+        for depended in self._module.depends:
+            for variant in self._store.index.variants:
+                if variant.name != depended.replace("-", "_"):
+                    continue
+                if not self._store.host(variant).user_space:
+                    continue
+                placed = self._store.placed(variant)
+                if name in placed.module.exports:
+                    return placed.address_of_symbol(name)
+        return None
+
+    def _stub(self, name: str) -> int:
+        """Return the place of a stand-in, a new one if need be."""
+        index = self._store.index
+        is_function = name in index.functions or (
+            name not in index.variables and self._is_called(name)
+        )
+        names = index.functions if is_function else index.variables
+        if name not in names:
+            names.append(name)
+            if FIRST_SLOT + len(index.functions) > SLOTS_MAX or len(names) >= VARIABLES_MAX:
+                raise Invalid(f"{self._store.directory}: there is no room for more imports")
+        places = index.stubs()
+        return dict(places.functions if is_function else places.variables)[name]
+
+    def _is_called(self, name: str) -> bool:
+        """Tell a function from a variable: something calls it."""
+        elf = self._module.elf
+        for section in elf.sections:
+            for _, info, _ in elf.relocations(section) if section.is_loaded else ():
+                if info & 0xFFFF_FFFF == PLT32 and elf.symbols[info >> 32].name == name:
+                    return True
+        return False
+
+
+def in_order(modules: Sequence[Module]) -> list[Module]:
+    """Return modules with those that others depend on first."""
+    by_name = {module.name: module for module in modules}
+    done: dict[str, Module] = {}
+
+    def visit(module: Module, above: tuple[str, ...]) -> None:
+        if module.name in done or module.name in above:
+            return
+        for name in module.depends:
+            if (other := by_name.get(name.replace("-", "_"))) is not None:
+                visit(other, (*above, module.name))
+        done[module.name] = module
+
+    for module in modules:
+        visit(module, ())
+    return list(done.values())
