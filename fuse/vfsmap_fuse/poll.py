@@ -51,7 +51,7 @@ class Turnstile:
 
     async def __aexit__(self, *_: object) -> None:
         self._held = False
-        if self._waiters and not self._called:
+        if not self._called and self._waiters:
             self._called = True
             self._waiters.unpark()
 
@@ -77,7 +77,7 @@ class Watch:
         """Give the watch's own descriptor back."""
         self._epoll.close()
 
-    async def readable(self) -> None:
+    async def readable(self, _fd: int = -1) -> None:
         """Return when the descriptor is readable.
 
         Raises:
@@ -86,27 +86,21 @@ class Watch:
         start = time.monotonic_ns()
         if start - self._turn > TURN_NS:
             await self._give_way()
-        if self._busy and await self._spin(start + SPIN_NS):
-            return
+        if self._busy:
+            poll, clock, until = self._epoll.poll, time.monotonic_ns, start + SPIN_NS
+            while not self._closing:
+                if ready := poll(0, 1):  # of two that are ready, the kernel names them in turn
+                    if ready[0][0] == self._fd:
+                        return
+                    await self._give_way()
+                elif clock() > until:
+                    break
         if not self._closing:
             await self._sleep()
         if self._closing:
             raise trio.ClosedResourceError
         self._turn = time.monotonic_ns()
         self._busy = self._turn - start < BUSY_NS
-
-    async def _spin(self, until: int) -> bool:
-        poll, clock = self._epoll.poll, time.monotonic_ns
-        mine = [(self._fd, select.EPOLLIN)]
-        while not self._closing:
-            ready = poll(0, 2)
-            if ready == mine:
-                return True
-            if ready:
-                await self._give_way()
-            elif clock() > until:
-                break
-        return False
 
     async def _give_way(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -131,27 +125,26 @@ class Watch:
 
 
 class _Lowlevel:
-    """Stands in for ``trio.lowlevel``."""
+    """Stands in for ``trio.lowlevel``; it serves one session, hence one descriptor."""
 
     def __init__(self) -> None:
-        self._watches: dict[int, Watch] = {}
+        self._watch: Watch | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
-        watch = self._watches.get(fd)
-        if watch is None:
-            watch = self._watches[fd] = Watch(fd)
-        await watch.readable()
+        self._watch = Watch(fd)
+        vars(self)["wait_readable"] = self._watch.readable  # from now on straight there
+        await self._watch.readable()
 
     def notify_closing(self, fd: int) -> None:
-        if fd in self._watches:
-            self._watches[fd].close()
+        if self._watch is not None:
+            self._watch.close()
 
     def forget(self) -> None:
-        for watch in self._watches.values():
-            watch.forget()
+        if self._watch is not None:
+            self._watch.forget()
 
 
 class _Stand:
