@@ -34,7 +34,7 @@ _SO_PEERPIDFD: Final = 77  # the same, since Linux 6.5
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED: Final = int(socket.MSG_CTRUNC)
 _NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
-_GROUPS_MAX: Final = 65536  # NGROUPS_MAX, include/uapi/linux/limits.h
+_GROUPS_MAX: Final = 256  # Python's getsockopt() returns at most 1024 bytes
 # room for all that can come at once: what found no room would be closed by the kernel, here and now
 _ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
 
@@ -93,7 +93,7 @@ class Connection:
             raw = self._socket.getsockopt(
                 socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * groups.itemsize
             )
-        except OSError:  # a kernel before 4.13
+        except OSError:  # more groups than that, or a kernel before 4.13
             return {self.gid}
         groups.frombytes(raw)
         return {self.gid, *groups}

@@ -49,6 +49,8 @@ class Ends:
 
     def watch(self, connection: Connection) -> None:
         """Note that a client holds a lease."""
+        if not self._holding:
+            self._wanted.set()  # wakes the tender: from now on there is a process to watch
         self._holding.add(connection)
         if connection.closed:  # while its call was waiting
             self.hung_up(connection)
