@@ -171,6 +171,14 @@ class Kernel:
         return None
 
 
+def is_kernel(data: bytes, name: str) -> bool:
+    """Tell a kernel from a module: a boot image, or an ELF file that is no relocatable one."""
+    if data[_MAGIC_AT : _MAGIC_AT + 4] == _BOOT_MAGIC:
+        return True
+    raw = unpack(data, name)
+    return raw[:4] == b"\x7fELF" and raw[16:18] == ET_EXEC.to_bytes(2, "little")
+
+
 def payload(data: bytes, name: str) -> bytes:
     """Return the ELF file in a boot image, or in a packed file, or ``data`` if it is one.
 

@@ -7,7 +7,7 @@ is bound anew in memory, and each site that differs is poked through the guard.
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from vfsmap.errors import Damaged, NotFound
 from vfsmap.guard import Guards, Policy, TextGuard, Violation
@@ -25,12 +25,8 @@ from vfsmap.units import PTE, Level, align_down, align_up
 _INIT: Final = (Area.INIT_TEXT, Area.INIT_RODATA, Area.INIT_DATA)
 
 
-class Mapper(Protocol):
-    """How a file becomes a window; ``vfsmap.map`` is one."""
-
-    def __call__(self, path: Path, **options: Any) -> Window:
-        """Map a file."""
-        ...
+Mapper = Callable[..., Window]
+"""How a file becomes a window; ``vfsmap.map`` is one."""
 
 
 class Report(NamedTuple):

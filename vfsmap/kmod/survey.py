@@ -24,11 +24,11 @@ from vfsmap.units import PTE
 DATA_TABLES: Final = {".orc_unwind_ip": 4, "__bug_table": 12, "__ex_table": 12}
 """Tables about text that nobody patches by, and the size of an entry."""
 TIERS: Final = {
-    "T0": "everything at load",
-    "T1": "but calls of thunks and of the tracer, and distances inside the module",
-    "T2": "and addresses inside the module (it lies at a fixed address)",
-    "T3": "and calls of the kernel (by way of stubs)",
-    "T4": "nothing: bound to its host",
+    "T0": "nothing is done before loading",
+    "T1": "distances inside it, thunks and tracer are bound",
+    "T2": "and addresses inside it, at a fixed place",
+    "T3": "and calls of the kernel, by way of stubs",
+    "T4": "all is bound, to one host",
 }
 _THUNKS: Final = ("__fentry__", "__x86_return_thunk")
 _INDIRECT: Final = "__x86_indirect_thunk_"
@@ -56,6 +56,7 @@ class Survey:
         self.sites: Counter[str] = Counter()
         self.pages: Counter[str] = Counter()
         self.tail_calls = 0
+        self.is_kernel = False
         self.tier_pages: Counter[str] = Counter()
         self.patched_pages = self.touched_pages = self.toggled_pages = self.untouched = 0
 
@@ -139,6 +140,7 @@ def survey_kernel(kernel: Kernel) -> Survey:
     """Survey a kernel; of its relocations those that moving it would need."""
     found = Survey()
     image = kernel.image()
+    found.is_kernel = True
     found.modules = 1
     found.text_bytes = len(image.text)
     found.text_pages = -(-found.text_bytes // PTE.size)
