@@ -5,7 +5,7 @@ import threading
 import zlib
 from contextlib import suppress
 
-from vfsmap.errors import MediumError, NoSpace, ReadOnly, VfsmapError
+from vfsmap.errors import MediumError, NoSpace, PoolDamaged, ReadOnly, VfsmapError
 from vfsmap.pmem import Commit as CommitKind
 from vfsmap.pmem import Pmem
 from vfsmap.pool import superblock
@@ -66,13 +66,32 @@ class Journal:
         """Read the log.
 
         Raises:
-            PoolDamaged: an invalid batch is followed by valid newer ones; what comes before it is
-                in ``objects``.
+            PoolDamaged: an invalid batch is followed by valid newer ones, or is one of those that
+                the superblock counts; what comes before it is in ``objects``.
         """
         try:
             self.next_oid = max(1, self.log.replay(self.objects))
         finally:
             self.live = sum(map(len, self.objects.values()))
+        if self.log.sequence < self.superblock.batches:
+            raise PoolDamaged(
+                f"log batch {self.log.sequence} at {self.log.tail:#x} is damaged: "
+                f"{self.superblock.batches} batches were durable"
+            )
+
+    def close(self) -> None:
+        """Note how many batches are durable, so that damage to the last ones will be seen.
+
+        Raises:
+            MediumError: the medium refused.
+
+        Crash: the old or the new number holds, and both are right.
+        """
+        if self.log.sequence > self.superblock.batches:
+            sb = Superblock.from_buffer_copy(self.superblock)
+            sb.batches = self.log.sequence
+            superblock.write(self.pmem, sb)
+            self.superblock = sb
 
     def require_writable(self) -> None:
         """Do nothing when the pool takes changes.
@@ -274,6 +293,7 @@ class Journal:
         sb = Superblock.from_buffer_copy(self.superblock)
         sb.generation = half.generation
         sb.active = 1 - sb.active
+        sb.batches = half.sequence
         if self._larger:
             sb.active = 0
             for mine, place in zip(sb.halves, self._larger, strict=True):

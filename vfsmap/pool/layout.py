@@ -61,7 +61,8 @@ class Superblock(Structure):
         ("active", c_uint32),  # 0 or 1
         ("align", c_uint32),  # log2 of the largest unit that extents are laid out for
         ("created_ns", c_uint64),  # since 1970, UTC
-        ("reserved", c_uint8 * 72),  # zero
+        ("batches", c_uint64),  # of the active half that were durable when this was written
+        ("reserved", c_uint8 * 64),  # zero
         ("checksum", c_uint32),  # CRC-32 of all bytes before it
         ("padding", c_uint32),  # zero
     ]

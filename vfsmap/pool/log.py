@@ -35,6 +35,7 @@ class LogHalf:
         self._salt = salt
         self.tail = place.start
         self.sequence = 0
+        self._effort = _MOST_EFFORT * place.length
 
     @property
     def room(self) -> int:
@@ -133,7 +134,6 @@ class LogHalf:
         """
         end = self.place.start + self.place.length
         piece_start = self.tail
-        effort = _MOST_EFFORT * self.place.length
         while piece_start < end:
             piece = bytes(self._pmem.view[piece_start : min(piece_start + (1 << 20), end)])
             found = piece.find(_MAGIC_BYTES)
@@ -142,8 +142,8 @@ class LogHalf:
                 if at % 8 == 0:
                     if self.valid_batch(at, self.sequence, newer=True):
                         return at, int.from_bytes(self._pmem.view[at + 16 : at + 24], "little")
-                    effort -= self._claimed_length(at)
-                    if effort < 0:
+                    self._effort -= self._claimed_length(at)
+                    if self._effort < 0:
                         raise PoolDamaged(f"the log behind {self.tail:#x} makes no sense")
                 found = piece.find(_MAGIC_BYTES, found + 1)
             piece_start += (1 << 20) - 8 if len(piece) == 1 << 20 else len(piece)

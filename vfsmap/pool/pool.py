@@ -380,6 +380,7 @@ class Pool:
         try:
             if self.writable:
                 self.sync()
+                self.journal.close()
         finally:
             self.pmem.close()
 

@@ -5,6 +5,7 @@ Nothing is stored to the medium.
 """
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Final, NamedTuple
@@ -12,7 +13,7 @@ from typing import Final, NamedTuple
 from vfsmap.errors import NotAPool, PoolDamaged
 from vfsmap.pmem import Pmem
 from vfsmap.pool import superblock
-from vfsmap.pool.layout import SUPERBLOCKS, Superblock
+from vfsmap.pool.layout import BATCH, SUPERBLOCKS, Superblock
 from vfsmap.pool.log import LogHalf, Place
 
 _MOST_DIFFERENCES: Final = 10
@@ -23,16 +24,16 @@ _ANY_SIZE: Final = 1 << 64
 class Batch(NamedTuple):
     """A whole batch of the active half."""
 
+    sequence: int
     at: int
     length: int
-    sequence: int
+    next_oid: int
 
 
 class Gap(NamedTuple):
     """Batches that are not whole, though newer ones are, or though they once were durable."""
 
     at: int
-    length: int
     first: int
     """The sequence of the first batch that is missing."""
     missing: int
@@ -121,33 +122,47 @@ def _scan_once(pmem: Pmem) -> Scan:
     found = Scan(len(pmem.view), sb, complaints, rebuilt)
     half = LogHalf(pmem, found.halves[sb.active], sb.generation, zlib.crc32(bytes(sb.uuid)))
     try:
-        while True:
-            _read_batches(half, found)
-            newer = half.find_newer()
-            if newer is None:
-                break
-            at, sequence = newer
-            found.gaps.append(
-                Gap(half.tail, at - half.tail, half.sequence, sequence - half.sequence)
-            )
-            half.tail, half.sequence = at, sequence
+        # by sequence, not by place: a sector that went astray may have taken batches along
+        found.batches = sorted({batch.sequence: batch for batch in _batches(pmem, half)}.values())
     except PoolDamaged as exc:
         found.nonsense.append(str(exc))
-    found.tail = half.tail
+    tail, sequence = half.place.start, 0
+    for batch in found.batches:
+        if batch.sequence != sequence:
+            found.gaps.append(Gap(tail, sequence, batch.sequence - sequence))
+        _replay(half, batch, found)
+        tail, sequence = batch.at + batch.length, batch.sequence + 1
+    if sequence < sb.batches:
+        found.gaps.append(Gap(tail, sequence, int(sb.batches) - sequence))
+    found.tail = tail
     found.next_oid = max(found.next_oid, max(found.objects, default=0) + 1)
     return found
 
 
-def _read_batches(half: LogHalf, found: Scan) -> None:
-    while batch := half.valid_batch(half.tail, half.sequence):
-        length, next_oid = batch
-        found.batches.append(Batch(half.tail, length, half.sequence))
-        found.objects.sequence = half.sequence
-        found.next_oid = max(found.next_oid, next_oid)
-        try:
-            half.replay_batch(length, found.objects)
-        except PoolDamaged as exc:
-            found.nonsense.append(str(exc))
+def _batches(pmem: Pmem, half: LogHalf) -> Iterator[Batch]:
+    """Yield the whole batches of a half, in the order in which they lie there."""
+    at = half.place.start
+    while True:
+        half.tail, half.sequence = at, 0
+        if batch := half.valid_batch(at, 0, newer=True):
+            length, next_oid = batch
+            sequence = BATCH.unpack_from(pmem.view, at)[3]
+            yield Batch(sequence, at, length, next_oid)
+            at += length
+        elif newer := half.find_newer():
+            at = newer[0]
+        else:
+            return
+
+
+def _replay(half: LogHalf, batch: Batch, found: Scan) -> None:
+    half.tail, half.sequence = batch.at, batch.sequence
+    found.objects.sequence = batch.sequence
+    found.next_oid = max(found.next_oid, batch.next_oid)
+    try:
+        half.replay_batch(batch.length, found.objects)
+    except PoolDamaged as exc:
+        found.nonsense.append(str(exc))
 
 
 def _superblock(pmem: Pmem) -> tuple[Superblock, list[str], bool]:

@@ -23,7 +23,7 @@ def problem(raw: bytes, pool_bytes: int) -> str:
     if len(raw) < SIZE or raw[:8] != MAGIC:
         return "no superblock"
     sb = Superblock.from_buffer_copy(raw)
-    if sb.checksum != zlib.crc32(raw[: Superblock.checksum.offset]):
+    if sb.checksum != zlib.crc32(raw[: Superblock.checksum.offset]) or sb.padding:
         return "wrong checksum"
     if sb.version != VERSION or sb.features:
         return f"{_NEWER} {sb.version}, features {sb.features:#x}"
