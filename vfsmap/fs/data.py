@@ -285,6 +285,10 @@ class Data(State):
         at = RECORD.size + 8
         return self.pool.objects[oid][at : at + 256] if oid is not None else None
 
+    def sealed_inodes(self) -> list[int]:
+        """Return the numbers of the sealed files."""
+        return list(self._seals)
+
     def tree_extents(self, ino: int) -> list[Extent]:
         """Return where a sealed file's Merkle tree lies, ascending."""
         records = (self.pool.objects[oid] for oid in self._trees.get(ino, ()))

@@ -81,16 +81,18 @@ class Summary:
         self.failures: list[str] = list(before.get("failures", []))
         self._started = time.monotonic()
 
-    def take(self, worker: int, message: tuple[str, int, str, Any]) -> None:
-        """Take a worker's message in."""
+    def take(self, worker: int, message: tuple[str, int, str, Any]) -> list[str]:
+        """Take a worker's message in, and return the failures that it tells of."""
         kind, done, medium, content = message
         if kind == "seen":
             for name, seen in content.items():
                 self._seen.setdefault(name, set()).update(seen)
-            return
+            return []
         self._done[worker] = done
         self._tallies[worker, medium] = content
-        self.failures += map(str, content.failures)
+        failures = list(map(str, content.failures))
+        self.failures += failures
+        return failures
 
     def position(self, workers: int) -> int:
         """Return how many workloads from the start are surely done."""
@@ -151,7 +153,8 @@ def _run(
         for ready in wait(list(pipes), timeout=_REPORT_SECONDS):
             assert isinstance(ready, Connection)
             try:
-                summary.take(pipes[ready], ready.recv())
+                for failure in summary.take(pipes[ready], ready.recv()):
+                    click.echo(failure)
             except EOFError:
                 del pipes[ready]
         if time.monotonic() - reported >= _REPORT_SECONDS:
@@ -204,8 +207,6 @@ def main(seed: int, minutes: float, jobs: int, state: Path | None, replay: str |
     for line in summary.table():
         click.echo(line)
     click.echo(summary.line())
-    for failure in summary.failures:
-        click.echo(failure)
     sys.exit(1 if summary.failures else 0)
 
 

@@ -11,8 +11,8 @@ A :data:`choice <PowerModel.choices>` names one of the states: ``n`` nothing tha
 with this seed.
 """
 
+import hashlib
 import random
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,8 +97,10 @@ class Digest:
                 self.value ^= self._of(page)
 
     def _of(self, page: int) -> int:
+        # a checksum would not do: it is blind to what carries one of the same kind
         content = self.memory.view[page * PAGE : (page + 1) * PAGE]
-        return hash((page, zlib.crc32(content))) & (1 << 64) - 1
+        salt = page.to_bytes(8, "little")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=salt).digest(), "little")
 
 
 class Part(NamedTuple):

@@ -1,0 +1,147 @@
+"""Seeded damage to a pool's metadata: found, survived by every reader, and mended."""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import pytest
+
+from vfsmap.errors import VfsmapError
+from vfsmap.fs import FileSystem
+from vfsmap.fs.check import check
+from vfsmap.fs.repair import repair
+from vfsmap.pool import Pool
+from vfsmap.pool.layout import EXTENT, RECORD, SPACE
+from vfsmap.pool.scan import Scan, scan
+from vfsmap.testing.damage import Damage, inflict
+from vfsmap.testing.oracle import File, Snapshot, snapshot
+from vfsmap.testing.recording import MEDIA, Memory, RecordingPmem
+from vfsmap.testing.workload import POOL_SIZE, Context, base, deterministic, perform, steps
+from vfsmap.testing.workload import parse as parse_workload
+from vfsmap_tools.dump import describe
+
+T = TypeVar("T")
+FAST, ALL = 400, 10_000
+
+
+class Patient(NamedTuple):
+    """A healthy pool, and all that is known of it."""
+
+    content: bytes
+    found: Scan
+    whole: Snapshot
+
+
+@cache
+def patients() -> tuple[Patient, ...]:
+    """Return pools with much in the log, and with a log that was just compacted."""
+    rows = (
+        "store/random:1:120",
+        "store/random:2:150,compact,random:3:20",
+        "store-tiny/random:4:60",
+    )
+    return tuple(map(_patient, rows))
+
+
+def _patient(row: str) -> Patient:
+    workload = parse_workload(row)
+    with deterministic(tiny=workload.tiny):
+        memory = Memory(base(workload.medium)[0])
+        pmem = RecordingPmem(memory, POOL_SIZE, MEDIA["store"])
+        fs = FileSystem(Pool(pmem))
+        context = Context(fs, random.Random(row))
+        for name in steps(workload)[:-1]:
+            perform(context, name)
+        for ino in context.held:
+            fs.drop(ino)
+        whole = snapshot(fs)
+        fs.close()
+    found = scan(RecordingPmem(memory, POOL_SIZE, MEDIA["store"]))
+    assert check(found).findings == []
+    assert len(whole.files) > 10
+    return Patient(bytes(memory.view[:POOL_SIZE]), found, whole)
+
+
+def areas(patient: Patient) -> list[tuple[int, int]]:
+    """Return where the metadata lies; what holds most of it comes twice."""
+    halves = patient.found.halves
+    active = patient.found.superblock.active
+    live = halves[active].start, patient.found.tail - halves[active].start
+    return [(0, 512), (4096, 512), live, live, live, live, tuple(halves[1 - active])]
+
+
+def survives(action: Callable[[], T]) -> T | None:
+    """Return what an action returns, or nothing if it complains as it should."""
+    try:
+        return action()
+    except VfsmapError:
+        return None
+
+
+def unhurt(patient: Patient, damage: Damage) -> Iterator[int]:
+    """Yield the files no record and no byte of which the damage can have changed."""
+    hurt_batches = {b.sequence for b in patient.found.batches if damage.hits(b.at, b.length)}
+    hurt: set[int] = set()
+    for oid, rec in patient.found.objects.items():
+        tag = RECORD.unpack_from(rec)[1]
+        owner = int.from_bytes(rec[RECORD.size : RECORD.size + 8], "little")
+        if patient.found.objects.written[oid] in hurt_batches:
+            hurt |= {oid, owner}
+        if tag in SPACE and damage.hits(*EXTENT.unpack_from(rec, RECORD.size)[2:]):
+            hurt.add(owner)
+    yield from patient.whole.files.keys() - hurt
+
+
+def bytes_of(file: File) -> tuple[bytes, ...]:
+    return file.content, file.target, file.seal, *(v for pair in file.xattrs for v in pair)
+
+
+def examine(seed: int) -> str:
+    """Damage a pool, read it in every way, mend it; return how it went."""
+    rng = random.Random(seed)
+    patient = patients()[seed % len(patients())]
+    content = bytearray(patient.content)
+    damage = inflict(content, areas(patient), rng)
+    memory = Memory(content)
+    pmem = RecordingPmem(memory, damage.size, MEDIA["store"])
+    read_only = RecordingPmem(memory, damage.size, MEDIA["store"], writable=False)
+    opened = survives(lambda: snapshot(FileSystem(Pool(read_only))))
+    found = survives(lambda: scan(pmem))
+    if found is None:
+        assert opened is None
+        assert survives(lambda: repair(pmem)) is None
+        return "hopeless"
+    assert list(describe(found))
+    report = check(found)
+    if report.clean:
+        assert opened == patient.whole, f"seed {seed}: {damage} is called clean"
+    repair(pmem)
+    after = scan(pmem)
+    assert check(after).findings == [], f"seed {seed}: {damage} is not mended"
+    mended = snapshot(FileSystem(Pool(pmem)))
+    for ino in unhurt(patient, damage):
+        mine = mended.files.get(ino)
+        assert mine is not None, f"seed {seed}: {damage} lost inode {ino}"
+        assert bytes_of(mine) == bytes_of(patient.whole.files[ino]), f"seed {seed}: inode {ino}"
+    return "clean" if report.clean else "mended"
+
+
+def outcomes(seeds: range) -> dict[str, int]:
+    counts = {"clean": 0, "mended": 0, "hopeless": 0}
+    for seed in seeds:
+        counts[examine(seed)] += 1
+    return counts
+
+
+def test_damaged_metadata_is_found_and_mended_and_hurts_nothing_else() -> None:
+    counts = outcomes(range(FAST))
+    assert counts["mended"] > FAST // 4
+    assert counts["hopeless"] < FAST // 20
+
+
+@pytest.mark.slow
+def test_ten_thousand_damages_are_found_and_mended() -> None:
+    counts = outcomes(range(ALL))
+    assert sum(counts.values()) == ALL
+    assert counts["hopeless"] < ALL // 20
