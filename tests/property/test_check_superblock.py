@@ -1,4 +1,4 @@
-"""Every byte of a superblock is covered by its checksum, and two damaged copies may make a whole."""
+"""Every byte of a superblock is summed, and two damaged copies may make a whole."""
 
 import ctypes
 import random
