@@ -90,6 +90,7 @@ class TextGuard:
         self.name = name
         self.refused = self.redirected = 0
         """Pokes, so far."""
+        self._blocks: set[int] = set()  # addresses of blocks that were copied
         self._executable = executable
         self._on_violation = on_violation
 
@@ -102,6 +103,12 @@ class TextGuard:
     def overlaid(self) -> int:
         """Bytes that private copies lie over."""
         return self.window.owned() if isinstance(self.window, PrivateWindow) else 0
+
+    def overlaid_in(self, span: range) -> int:
+        """Return how many bytes of a range of addresses private copies lie over."""
+        size = self.granularity.size
+        covered = (min(b + size, span.stop) - max(b, span.start) for b in self._blocks)
+        return sum(part for part in covered if part > 0)
 
     def poke(self, address: int, new: bytes, expected: bytes | None = None) -> int:
         """Store bytes, if the policy lets it; return the bytes copied for it.
@@ -185,6 +192,8 @@ class TextGuard:
     def _store(self, offset: int, data: bytes) -> int:
         assert isinstance(self.window, PrivateWindow)
         copied = self.window.write(offset, data)
+        block = align_down(offset + self._phase, self.granularity.size) - self._phase
+        self._blocks.add(self.base + block)
         if self._executable:
             low, length = self.window.mapped
             address = self.window.address + offset

@@ -18,7 +18,6 @@ from vfsmap.kmod.kernel import Kernel, bind_kernel, is_kernel
 from vfsmap.kmod.layout import Area, Layout
 from vfsmap.kmod.loader import Loader, Report
 from vfsmap.kmod.module import Module, find_modules
-from vfsmap.kmod.plan import keys_of
 from vfsmap.kmod.runner import Runner
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.survey import TIERS, Survey, survey_file, survey_kernel
@@ -39,6 +38,7 @@ from vfsmap_tools.console import (
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _CHUNK = 8
+_MOST_TOLD = 3
 
 
 class AddressType(click.ParamType[int]):
@@ -98,12 +98,21 @@ def host_command(user: bool, output: Path | None) -> None:
 def add(
     files: tuple[Path, ...], store: Path, host_path: Path | None, at: int | None, as_json: bool
 ) -> None:
-    """Bind modules to a host and keep them in the store DST, a directory.
+    """Bind modules, or a kernel, to a host and keep them in the store DST, a directory.
 
     Without --host they are bound to a process on this machine, where their functions can run.
     """
     host = _host(host_path)
-    variants = Store(store).add([Module.open(path) for path in files], host, at)
+    opened, modules, kernels = Store(store), [], []
+    for path in files:
+        raw = path.read_bytes()
+        if is_kernel(raw, path.name):
+            kernels.append(raw)
+        else:
+            modules.append(Module(raw, path.name))
+    variants = [opened.add_kernel(raw, host) for raw in kernels]
+    if modules:
+        variants += opened.add(modules, host, at)
     rows = [
         {
             "module": v.name,
@@ -303,7 +312,7 @@ def toggle(
     """
     loader = _loader(Store(store), image, host_path, policy, granularity)
     loaded = loader.load(image)
-    keys = keys_of(loaded.placed)
+    keys = loaded.subject.keys()
     if key is None or state is None:
         _print_rows([{"key": name, "address": f"{a:#x}"} for name, a in keys.items()], as_json)
         return
@@ -417,12 +426,20 @@ def _loader(
         vfsmap.map,
         policy=policy,
         granularity=granularity,
-        on_violation=_tell,
+        on_violation=_Teller(),
     )
 
 
-def _tell(violation: Violation) -> None:
-    complain(str(violation))
+class _Teller:
+    """Prints the first few violations; what is refused as a whole has many."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_TOLD
+
+    def __call__(self, violation: Violation) -> None:
+        if self._left:
+            self._left -= 1
+            complain(str(violation))
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -453,7 +470,9 @@ def _print_reports(reports: list[Report]) -> None:
             for report in reports
         ),
     )
-    print(f"text is mapped by {page_sizes_text(reports[0].page_sizes)} pages")
+    mapped = {report.name: page_sizes_text(report.page_sizes) for report in reports}
+    for name, sizes in mapped.items():
+        print(f"{name}: its pack's text is mapped by {sizes} pages")
 
 
 def _print_survey(found: Survey) -> None:

@@ -143,12 +143,12 @@ class Server:
             return Answer()
         loaded = self._loader.load(ask.image)
         if ask.what == "address":
-            return Answer(value=loaded.placed.address_of_symbol(ask.function))
+            return Answer(value=loaded.subject.address_of(ask.function))
         if ask.what == "toggle":
             return Answer(value=self._loader.toggle(loaded, ask.address, ask.enabled))
         if ask.what == "trace":
             return Answer(value=self._loader.trace(loaded, ask.enabled))
-        return self._call(loaded.placed.address_of(ask.function), ask.arguments)
+        return self._call(loaded.subject.address_of(ask.function), ask.arguments)
 
     def _call(self, address: int, arguments: list[int | str]) -> Answer:
         buffers = []
@@ -172,7 +172,7 @@ def _with_dependencies(store: Store, host: Host, names: list[str]) -> list[str]:
         variant = store.find(name, host)[0]
         if variant.name in found:
             return
-        for depended in store.source(variant).depends:
+        for depended in store.depends(variant):
             if any(v.name == depended.replace("-", "_") for v in store.index.variants):
                 visit(depended)
         if variant.name not in found:

@@ -32,7 +32,7 @@ class Variant(msgspec.Struct, frozen=True):
     name: str
     build_id: str
     source: str
-    """sha256 of the unpacked module file."""
+    """sha256 of the unpacked module file, or of the kernel's boot image."""
     host: str
     """Digest of the host's document."""
     profile: str
@@ -45,6 +45,7 @@ class Variant(msgspec.Struct, frozen=True):
     offsets: dict[str, int]
     """Where each copied area lies in the pack's data file."""
     thunk_pages: list[int] = []
+    is_kernel: bool = False
 
     @property
     def text(self) -> range:

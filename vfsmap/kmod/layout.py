@@ -29,6 +29,11 @@ class Area(Enum):
     INIT_DATA = "init_data"
     PERCPU = "percpu"
 
+    @property
+    def is_init(self) -> bool:
+        """Whether it is given back when the module has started."""
+        return self.value.startswith("init_")
+
 
 CORE: Final = (Area.TEXT, Area.RODATA, Area.RO_AFTER_INIT, Area.DATA)
 INIT: Final = (Area.INIT_TEXT, Area.INIT_RODATA, Area.INIT_DATA)

@@ -7,23 +7,20 @@ is bound anew in memory, and each site that differs is poked through the guard.
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from vfsmap.errors import Damaged, NotFound
+from vfsmap.errors import Damaged
 from vfsmap.guard import Guards, Policy, TextGuard, Violation
-from vfsmap.kmod.bind import Bound, Placed, bases_from, bind
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.index import Variant, host_digest
 from vfsmap.kmod.layout import Area
 from vfsmap.kmod.pack import COPIED, DATA, RODATA, TEXT, damaged_blocks
-from vfsmap.kmod.plan import pokes_between, toggle_pokes, trace_pokes, write_set
+from vfsmap.kmod.plan import pokes_between, toggle_pokes, trace_pokes
 from vfsmap.kmod.store import Store
+from vfsmap.kmod.subject import Subject
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc
 from vfsmap.units import PTE, Level, align_down, align_up
-
-_INIT: Final = (Area.INIT_TEXT, Area.INIT_RODATA, Area.INIT_DATA)
-
 
 Mapper = Callable[..., Window]
 """How a file becomes a window; ``vfsmap.map`` is one."""
@@ -41,7 +38,7 @@ class Report(NamedTuple):
     copied: int
     """Data that is this process's own."""
     overlaid: int
-    """Text that private copies lie over, whole blocks."""
+    """Text that private copies lie over."""
     differing_sites: int
     page_sizes: dict[int, int]
     """How the kernel maps the text of the image's pack: bytes by size of the entries."""
@@ -51,10 +48,10 @@ class Loaded:
     """An image that has been loaded."""
 
     def __init__(
-        self, variant: Variant, placed: Placed, guard: TextGuard, data: dict[Area, Any]
+        self, variant: Variant, subject: Subject, guard: TextGuard, data: dict[Area, Any]
     ) -> None:
         self.variant = variant
-        self.placed = placed
+        self.subject = subject
         self.guard = guard
         self.data = data
         self.bound_here = True
@@ -111,7 +108,7 @@ class Loader:
             return self.images[variant.name]
         guard = self._text(variant)
         if variant.host == self._digest:
-            loaded = Loaded(variant, self.store.placed(variant), guard, self._stored_data(variant))
+            loaded = Loaded(variant, self.store.subject(variant), guard, self._stored_data(variant))
             loaded.in_place = self._map_rodata(variant)
         else:
             loaded = self._adapt(variant, guard)
@@ -122,13 +119,15 @@ class Loader:
     def report(self, loaded: Loaded) -> Report:
         """Return what loading an image took, by now."""
         variant = loaded.variant
+        pages = range(variant.text.start, align_up(variant.text.stop, PTE.size))
+        overlaid = loaded.guard.overlaid_in(pages)
         return Report(
             name=variant.name,
             bound_here=loaded.bound_here,
             text=len(variant.text),
-            in_place=loaded.in_place - loaded.guard.overlaid,
+            in_place=loaded.in_place - overlaid,
             copied=loaded.copied,
-            overlaid=loaded.guard.overlaid,
+            overlaid=overlaid,
             differing_sites=loaded.differing,
             page_sizes=loaded.guard.window.page_sizes(),
         )
@@ -140,7 +139,7 @@ class Loader:
             NotFound: no jump label follows that key.
             Sealed: the policy is to refuse.
         """
-        pokes = toggle_pokes(loaded.placed, key, enabled)
+        pokes = toggle_pokes(loaded.subject.image, key, enabled)
         self.guards.apply(pokes)
         return len(pokes)
 
@@ -150,7 +149,7 @@ class Loader:
         Raises:
             Sealed: the policy is to refuse.
         """
-        pokes = trace_pokes(loaded.placed.image, self.host, enabled)
+        pokes = trace_pokes(loaded.subject.image, self.host, enabled)
         self.guards.apply(pokes)
         return len(pokes)
 
@@ -219,7 +218,7 @@ class Loader:
         with path.open("rb") as stream:
             for area in COPIED:
                 size = variant.sizes[area.value]
-                if size and area not in _INIT:
+                if size and not area.is_init:
                     stream.seek(variant.offsets[area.value])
                     found[area] = self._own(variant.areas[area], stream.read(size))
         return found
@@ -236,39 +235,20 @@ class Loader:
 
     def _adapt(self, variant: Variant, guard: TextGuard) -> Loaded:
         """Bind an image anew, and poke the sites that differ."""
-        bound, shift = self._bind(variant)
+        subject = self.store.subject(variant)
+        bound = subject.bind(self.host)
         start = variant.text.start - guard.base
         with guard.window.view() as view:
             old = view[start : start + len(variant.text)]
-            pokes = pokes_between(old, bound, write_set(bound.placed))
+            pokes = pokes_between(variant.name, bound.start, old, bound.text, bound.planned)
             old.release()
+        shift = bound.start - variant.text.start
         guard.apply([poke._replace(address=poke.address - shift) for poke in pokes])
-        data: dict[Area, Any] = {}
-        for area in (Area.RODATA, *COPIED):
-            content = bound.placed.area(area)
-            if content and area not in _INIT:
-                data[area] = self._own(bound.placed.bases[area], content)
-        loaded = Loaded(variant, bound.placed, guard, data)
+        data = {area: self._own(*part) for area, part in bound.data.items()}
+        loaded = Loaded(variant, subject, guard, data)
         loaded.bound_here = False
         loaded.differing = len(pokes)
         return loaded
-
-    def _bind(self, variant: Variant) -> tuple[Bound, int]:
-        """Return an image bound to the host, and how far from where the store has it."""
-        module = self.store.source(variant)
-        try:
-            placed = self.store.placed(variant)
-            bases = bases_from(self.host, module, placed.layout)
-        except NotFound:
-            return self.store.bound(variant, self.host), 0
-        bound = bind(
-            module,
-            self.host,
-            bases,
-            resolve=self.store.resolver(variant, self.host),
-            thunk_pages=variant.thunk_pages,
-        )
-        return bound, bases[Area.TEXT] - variant.text.start
 
 
 def make_resident(

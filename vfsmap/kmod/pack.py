@@ -170,3 +170,20 @@ def damaged_blocks(
 def data_parts(bound: Bound) -> dict[Area, bytes]:
     """Return the areas that every process gets a copy of."""
     return {area: bound.placed.area(area) for area in COPIED if bound.placed.layout.sizes[area]}
+
+
+def make_empty(directory: Path) -> None:
+    """Make a directory, without what an add that was cut short has left in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        path.unlink()
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file whose name fixes its content, unless it is there."""
+    if path.exists() and path.stat().st_size == len(content):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(path)

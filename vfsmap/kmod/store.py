@@ -18,6 +18,7 @@ from vfsmap.errors import Damaged, Exists, Invalid, NotFound
 from vfsmap.kmod.bind import Bound, Placed, bases_from, bind, place_for
 from vfsmap.kmod.host import MODULE_AREA, Host
 from vfsmap.kmod.index import Index, Pack, Variant, host_digest, symbols_digest
+from vfsmap.kmod.kernel import Kernel, bind_kernel
 from vfsmap.kmod.layout import Area, Layout
 from vfsmap.kmod.linker import Linker, in_order
 from vfsmap.kmod.module import Module
@@ -30,9 +31,11 @@ from vfsmap.kmod.pack import (
     damaged_blocks,
     data_parts,
     in_units,
+    make_empty,
     write_file,
+    write_once,
 )
-from vfsmap.kmod.relocate import Resolver
+from vfsmap.kmod.subject import KernelSubject, ModuleSubject, Subject
 from vfsmap.kmod.userspace import (
     IMAGES,
     IMAGES_END,
@@ -89,43 +92,61 @@ class Store:
         """Return where one of a pack's files is."""
         return self.directory / "packs" / pack / f"{name}.img"
 
-    def source(self, variant: Variant) -> Module:
-        """Return a variant's module as it was before it was bound.
+    def _source(self, variant: Variant) -> bytes:
+        """Return a variant's file as it was before it was bound.
 
         Raises:
             Damaged: it has changed, or is gone.
         """
-        path = self.directory / "sources" / f"{variant.source}.ko"
+        path = self.directory / "sources" / variant.source
         try:
             raw = path.read_bytes()
         except OSError as exc:
             raise Damaged(f"{path}: {exc.strerror}") from exc
         if hashlib.sha256(raw).hexdigest() != variant.source:
             raise Damaged(f"{path} has changed since {variant.name} was added")
-        return Module(raw, f"{variant.name}.ko")
+        return raw
+
+    def module(self, variant: Variant) -> Module:
+        """Return a variant's module as it was before it was bound.
+
+        Raises:
+            Damaged: it has changed, or is gone.
+            Invalid: it is a kernel.
+        """
+        if variant.is_kernel:
+            raise Invalid(f"{variant.name} is a kernel, not a module")
+        return Module(self._source(variant), f"{variant.name}.ko")
+
+    def depends(self, variant: Variant) -> list[str]:
+        """Return the modules that a variant needs."""
+        return [] if variant.is_kernel else self.module(variant).depends
+
+    def subject(self, variant: Variant) -> Subject:
+        """Return what can be known of a variant, and bound to other hosts."""
+        if variant.is_kernel:
+            return KernelSubject(Kernel(self._source(variant), variant.name))
+        host = self.host(variant)
+        return ModuleSubject(
+            self.module(variant),
+            host,
+            variant.areas,
+            self._linker(variant, host).resolve,
+            variant.thunk_pages,
+        )
 
     def host(self, variant: Variant) -> Host:
         """Return the host that a variant was bound to."""
         return Host.open(self.directory / "hosts" / f"{variant.host}.json")
 
-    def placed(self, variant: Variant, host: Host | None = None) -> Placed:
-        """Return a variant's module where it was bound, relocated for its host or for another."""
-        where = self.host(variant) if host is None else host
-        return place_for(self.source(variant), where, variant.areas, self.resolver(variant, where))
+    def placed(self, variant: Variant) -> Placed:
+        """Return a variant's module where it was bound, relocated for its host."""
+        host = self.host(variant)
+        resolve = self._linker(variant, host).resolve
+        return place_for(self.module(variant), host, variant.areas, resolve)
 
-    def bound(self, variant: Variant, host: Host) -> Bound:
-        """Return a variant's module bound anew to a host, where it was bound before."""
-        return bind(
-            self.source(variant),
-            host,
-            variant.areas,
-            resolve=self.resolver(variant, host),
-            thunk_pages=variant.thunk_pages,
-        )
-
-    def resolver(self, variant: Variant, host: Host) -> Resolver:
-        """Return what supplies symbols that the host's document does not have."""
-        return Linker(self, host, self.source(variant), []).resolve
+    def _linker(self, variant: Variant, host: Host) -> Linker:
+        return Linker(self, host, self.module(variant), [])
 
     def add(self, modules: Sequence[Module], host: Host, at: int | None = None) -> list[Variant]:
         """Bind modules to a host and keep them, as one pack; return the new variants.
@@ -145,15 +166,69 @@ class Store:
             self.index = self._read_index()
             digest = host_digest(host)
             for module in modules:
-                for variant in self.index.variants:
-                    if (variant.build_id, variant.host) == (module.build_id, digest):
-                        raise Exists(
-                            f"{self.directory} holds {module.name} bound to that host already"
-                        )
+                self._require_new(module.build_id, module.name, digest)
             bound = self._bind(modules, host, at)
             variants = self._write(bound, host, digest)
             self._replace_index()
         return variants
+
+    def add_kernel(self, raw: bytes, host: Host) -> Variant:
+        """Bind a kernel, given as its boot image, to a host and keep it.
+
+        Raises:
+            Exists: it is there already, bound to this host.
+            NotFound, Invalid, Damaged: it can't be bound so.
+
+        Crash: it is there, or it is not.
+        """
+        kernel = Kernel(raw, "vmlinux")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self.index = self._read_index()
+            digest = host_digest(host)
+            self._require_new(kernel.build_id, "vmlinux", digest)
+            image, pages = bind_kernel(kernel, host)
+            source = hashlib.sha256(raw).hexdigest()
+            write_once(self.directory / "sources" / source, raw)
+            text = image.memory.read(image.text.start, len(image.text))
+            variant = Variant(
+                name="vmlinux",
+                build_id=kernel.build_id,
+                source=source,
+                host=digest,
+                profile=host.profile,
+                symbols="",
+                pack=hashlib.blake2b(
+                    (kernel.build_id + digest).encode(), digest_size=8
+                ).hexdigest(),
+                bases={Area.TEXT.value: image.text.start},
+                sizes=dict.fromkeys((area.value for area in Area), 0) | {"text": len(text)},
+                offsets={},
+                thunk_pages=[page.start for page in pages],
+                is_kernel=True,
+            )
+            files = {TEXT: in_units([(image.text.start, text)], TEXT)}
+            self._write_pack(variant.pack, files, [variant.name])
+            write_once(self.directory / "hosts" / f"{digest}.json", host.encode())
+            self.index.variants.append(variant)
+            self._replace_index()
+        return variant
+
+    def _require_new(self, build_id: str, name: str, host: str) -> None:
+        for variant in self.index.variants:
+            if (variant.build_id, variant.host) == (build_id, host):
+                raise Exists(f"{self.directory} holds {name} bound to that host already")
+
+    def _write_pack(
+        self, pack: str, content: dict[str, tuple[int, bytearray]], modules: list[str]
+    ) -> None:
+        """Write the files of a pack; the index on the medium does not name it yet."""
+        make_empty(self.directory / "packs" / pack)
+        files = {}
+        for name in FILES:
+            address, raw = content.get(name, (0, bytearray()))
+            files[name] = write_file(self.file(pack, name), raw, address)
+        self.index.packs[pack] = Pack(files, modules)
 
     def _bind(self, modules: Sequence[Module], host: Host, at: int | None) -> list[Bound]:
         layouts = [Layout(module) for module in modules]
@@ -199,23 +274,9 @@ class Store:
     def _write(self, bound: list[Bound], host: Host, digest: str) -> list[Variant]:
         """Write a pack and everything its variants need; the index does not name it yet."""
         names = [b.placed.module.name for b in bound]
-        pack = hashlib.blake2b(
-            repr(
-                (
-                    digest,
-                    [
-                        (
-                            b.placed.module.build_id,
-                            sorted(b.placed.bases.items(), key=lambda item: item[0].value),
-                        )
-                        for b in bound
-                    ],
-                )
-            ).encode(),
-            digest_size=8,
-        ).hexdigest()
-        directory = self.directory / "packs" / pack
-        _make_empty(directory)
+        pack = _pack_name(
+            [digest, *(f"{b.placed.module.build_id}@{b.placed.image.text.start:x}" for b in bound)]
+        )
         content: dict[str, tuple[int, bytearray]] = {}
         for area, name in IN_PLACE.items():
             parts = [(b.placed.bases.get(area, 0), b.placed.area(area)) for b in bound]
@@ -234,16 +295,12 @@ class Store:
                 offsets[-1][area.value] = len(data)
                 data += raw.ljust(align_up(len(raw), PTE.size), b"\0")
         content[DATA] = 0, data
-        files = {
-            name: write_file(self.file(pack, name), raw, address)
-            for name, (address, raw) in content.items()
-        }
+        self._write_pack(pack, content, names)
         variants = [
             self._keep(one, host, digest, pack, where)
             for one, where in zip(bound, offsets, strict=True)
         ]
-        _write_once(self.directory / "hosts" / f"{digest}.json", host.encode())
-        self.index.packs[pack] = Pack(files, names)
+        write_once(self.directory / "hosts" / f"{digest}.json", host.encode())
         self.index.variants += variants
         return variants
 
@@ -254,7 +311,7 @@ class Store:
         placed = bound.placed
         raw = bytes(placed.module.elf.data)
         source = hashlib.sha256(raw).hexdigest()
-        _write_once(self.directory / "sources" / f"{source}.ko", raw)
+        write_once(self.directory / "sources" / source, raw)
         return Variant(
             name=placed.module.name,
             build_id=placed.module.build_id,
@@ -305,18 +362,6 @@ class Store:
         return wrong
 
 
-def _make_empty(directory: Path) -> None:
-    """Make a directory, without what an add that was cut short has left in it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in directory.iterdir():
-        path.unlink()
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    """Write a file whose name fixes its content, unless it is there."""
-    if path.exists() and path.stat().st_size == len(content):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_bytes(content)
-    new.replace(path)
+def _pack_name(parts: list[str]) -> str:
+    """Return a short name that follows from what a pack holds."""
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
