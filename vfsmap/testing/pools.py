@@ -31,18 +31,22 @@ def open_pmem(path: Path, medium: Medium = STORED) -> Pmem:
     return Pmem(os.open(path, os.O_RDWR | os.O_CLOEXEC), path, writable=True, medium=medium)
 
 
-def make_pool(path: Path, size: int, medium: Medium = STORED, *, level: Level = PMD) -> Pool:
-    """Make an empty pool that behaves as on ``medium``."""
+def make_pool(
+    path: Path, size: int, medium: Medium = STORED, *, level: Level = PMD, log: int = 0
+) -> Pool:
+    """Make an empty pool that behaves as on ``medium``; ``log`` is as in format_pmem()."""
     path.touch()
     os.truncate(path, size)
     pmem = open_pmem(path, medium)
-    format_pmem(pmem, level=level)
+    format_pmem(pmem, level=level, log=log)
     return Pool(pmem)
 
 
-def make_fs(path: Path, size: int, medium: Medium = STORED, *, level: Level = PMD) -> FileSystem:
+def make_fs(
+    path: Path, size: int, medium: Medium = STORED, *, level: Level = PMD, log: int = 0
+) -> FileSystem:
     """Make an empty file system in a pool of its own."""
-    return FileSystem.format(make_pool(path, size, medium, level=level), uid=0, gid=0)
+    return FileSystem.format(make_pool(path, size, medium, level=level, log=log), uid=0, gid=0)
 
 
 def killed(pool: Pool) -> Pool:
