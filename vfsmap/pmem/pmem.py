@@ -288,8 +288,8 @@ class Pmem:
             address = libc.address_of(self._map) + offset
             # A huge page that fallocate has made, and nobody has touched, is not up to date yet.
             # Collapsed as it is, Linux 6.18 maps it and clears it later, stores and all.
-            libc.madvise(address, length, libc.MADV_POPULATE_WRITE)
-            libc.try_collapse(address, length)
+            if libc.try_madvise(address, length, libc.MADV_POPULATE_WRITE):
+                libc.try_collapse(address, length)
 
     def room(self) -> int | None:
         """Return how many bytes of the file can be backed, those that are included.
