@@ -7,9 +7,12 @@ stand-in's lock does not pass through the scheduler while nobody waits for it, a
 ``wait_readable`` polls the session's descriptor for some 40 us before it goes to sleep.
 
 A wait that polls also watches the descriptor that trio itself sleeps on, and gives way at once
-when another task's I/O is ready, and every millisecond in any case.  It polls only while requests
-come thick and fast: after one long pause the next wait sleeps at once, so an idle mount costs
-nothing.
+when another task's I/O is ready, and every millisecond in any case.
+
+It polls only when the next request can be expected soon, and learns when that is as a processor
+learns branches: from what came after the same sequence of short and long pauses last time.  (A
+client that writes large pieces is soon back after each answer to its question for an attribute,
+but long away while it copies the bytes.)  So an idle mount costs nothing.
 """
 
 import os
@@ -26,7 +29,9 @@ import trio
 SPIN_NS: Final = 40_000
 """How long a wait stays awake.  Longer gained nothing: a busy client is back in 5 to 30 us."""
 BUSY_NS: Final = 100_000
-"""A pause shorter than this, falling asleep and waking up included, promises another short one."""
+"""A pause is short when it is shorter than this, falling asleep and waking up included."""
+_PAST: Final = 0b111
+"""How many pauses are looked back on, one bit for each, set when it was short."""
 TURN_NS: Final = 1_000_000
 """How long the other tasks of the loop wait at most while requests keep coming."""
 
@@ -64,7 +69,8 @@ class Watch:
         self._epoll = select.epoll()
         self._epoll.register(fd, select.EPOLLIN)
         self._others_watched = False
-        self._busy = False
+        self._past = 0
+        self._expected = [False] * (_PAST + 1)  # is the pause after such a past short?
         self._closing = False
         self._turn = 0  # when the other tasks last had their turn
 
@@ -86,11 +92,13 @@ class Watch:
         start = time.monotonic_ns()
         if start - self._turn > TURN_NS:
             await self._give_way()
-        if self._busy:
+        past = self._past
+        if self._expected[past]:
             poll, clock, until = self._epoll.poll, time.monotonic_ns, start + SPIN_NS
             while not self._closing:
                 if ready := poll(0, 1):  # of two that are ready, the kernel names them in turn
                     if ready[0][0] == self._fd:
+                        self._past = (past << 1 | 1) & _PAST
                         return
                     await self._give_way()
                 elif clock() > until:
@@ -100,14 +108,16 @@ class Watch:
         if self._closing:
             raise trio.ClosedResourceError
         self._turn = time.monotonic_ns()
-        self._busy = self._turn - start < BUSY_NS
+        short = self._turn - start < BUSY_NS
+        self._expected[past] = short
+        self._past = (past << 1 | short) & _PAST
 
     async def _give_way(self) -> None:
         await trio.lowlevel.checkpoint()
         self._turn = time.monotonic_ns()
 
     async def _sleep(self) -> None:
-        if not self._others_watched and self._busy:
+        if not self._others_watched and self._past:
             self._watch_others()
         await trio.lowlevel.wait_readable(self._fd)
 
