@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import stat
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Final, Self
 import pyfuse3
 import trio
 
-from vfsmap.errors import Busy, Denied, Invalid, NotADirectory, Unsupported
+from vfsmap.errors import Busy, Denied, Invalid, NotADirectory, NotFound, Unsupported
 from vfsmap.fs import FileSystem
 from vfsmap.pmem.libc import syncfs
 from vfsmap.units import KIB, MIB
@@ -96,22 +98,34 @@ class Mount:
 
     async def run(self) -> None:
         """Answer requests until the mount is gone or :func:`pyfuse3.terminate` is called."""
-        # requests end by themselves, never by cancellation: a client waits for each of them
-        with trio.CancelScope(shield=True):
-            await pyfuse3.main()
-        self._unmounted.set()
+        try:
+            # requests end by themselves, never by cancellation: a client waits for each of them
+            with trio.CancelScope(shield=True):
+                await pyfuse3.main()
+        finally:
+            self._unmounted.set()
 
     async def settle(self, rights: set[str]) -> None:
-        """Wait until the mount answers; raise its rights and its read-ahead where permitted."""
-        with trio.fail_after(_PATIENCE):
-            status = await trio.to_thread.run_sync(os.stat, self.mountpoint)
+        """Wait until the mount answers; raise its rights and its read-ahead where permitted.
+
+        Raises:
+            Busy: it does not answer.
+        """
+        with trio.move_on_after(_PATIENCE) as scope:
+            status = await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            raise Busy(f"the mount on {self.mountpoint} has not answered for {_PATIENCE} seconds")
         self.device = status.st_dev
         if rights:
             words = ",".join(("remount", "bind", *sorted(rights)))
-            await trio.run_process(["mount", "-o", words, str(self.mountpoint)])
-        read_ahead = Path(f"/sys/class/bdi/{os.major(self.device)}:{os.minor(self.device)}")
+            command = ["mount", "-o", words, str(self.mountpoint)]
+            done = await trio.run_process(command, check=False, capture_stderr=True)
+            if done.returncode:
+                reason = done.stderr.decode(errors="replace").strip()
+                log.warning("%s stays without %s: %s", self.mountpoint, ", ".join(rights), reason)
+        bdi = Path(f"/sys/class/bdi/{os.major(self.device)}:{os.minor(self.device)}")
         try:
-            (read_ahead / "read_ahead_kb").write_text(str(READ_AHEAD // KIB))
+            (bdi / "read_ahead_kb").write_text(str(READ_AHEAD // KIB))
         except OSError as exc:
             log.debug("read-ahead stays at the kernel's default: %s", exc)
 
@@ -150,13 +164,18 @@ async def mounted(
         socket: where the mapping daemon listens, for those who ask a file of the mount.
 
     Raises:
-        Unsupported: there is no FUSE here.
-        NotADirectory: ``mountpoint`` is none.
+        Unsupported: there is no FUSE here, or no fusermount3.
+        NotFound, NotADirectory: the mount point is no directory.
         Denied: this user may not mount there.
-        Busy: the mount failed, or did not answer.
+        Busy: a mount was left behind there; or the mount failed, or did not answer.
     """
     operations = Operations(fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback)
-    _init(operations, mountpoint, options.words(fs.pool.path.absolute()))
+    _require_mountable(mountpoint, options)
+    try:
+        pyfuse3.init(operations, str(mountpoint), options.words(fs.pool.path.absolute()))
+    except RuntimeError as exc:
+        # libfuse, or fusermount3, has said why on stderr
+        raise Busy(f"can't mount on {mountpoint}: {exc}") from exc
     fs.invalidators.append(_invalidate)
     try:
         with busy_polling() if options.busy_poll else nullcontext():
@@ -174,20 +193,38 @@ async def mounted(
         operations.forget_all()
 
 
-def _init(operations: Operations, mountpoint: Path, words: set[str]) -> None:
+def _require_mountable(mountpoint: Path, options: MountOptions) -> None:
+    user = os.geteuid()
     if not Path("/dev/fuse").exists():
         raise Unsupported("/dev/fuse is missing; load the kernel's module: modprobe fuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise Denied("this user may not open /dev/fuse; root can allow it: chmod 666 /dev/fuse")
-    if not mountpoint.is_dir():
-        raise NotADirectory(f"{mountpoint} is not a directory; make it with: mkdir {mountpoint}")
-    if os.geteuid() and mountpoint.stat().st_uid != os.geteuid():
-        raise Denied(f"{mountpoint} belongs to somebody else; mount on a directory of your own")
+    if shutil.which("fusermount3") is None:
+        raise Unsupported("fusermount3 is missing; install the package fuse3")
     try:
-        pyfuse3.init(operations, str(mountpoint), words)
-    except RuntimeError as exc:
-        # libfuse, or fusermount3, has said why on stderr
-        raise Busy(f"can't mount on {mountpoint}: {exc}") from exc
+        status = mountpoint.stat()
+        os.statvfs(mountpoint)  # of a dead server's mount the kernel may know the attributes still
+    except FileNotFoundError as exc:
+        raise NotFound(f"{mountpoint} does not exist; make it with: mkdir {mountpoint}") from exc
+    except OSError as exc:  # ENOTCONN: a server died, and nobody has unmounted
+        raise Busy(
+            f"{mountpoint} can't be reached ({exc.strerror}); if a mount was left behind there, "
+            f"remove it: fusermount3 -u -z {mountpoint}"
+        ) from exc
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectory(f"{mountpoint} is not a directory; mount on one")
+    if user and status.st_uid != user:
+        raise Denied(f"{mountpoint} belongs to somebody else; mount on a directory of your own")
+    if user and options.allow_other and not _others_allowed():
+        raise Denied("allow_other needs the line user_allow_other in /etc/fuse.conf, or root")
+
+
+def _others_allowed() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
 
 
 def _invalidate(ino: int) -> None:

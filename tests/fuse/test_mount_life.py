@@ -6,6 +6,7 @@ import os
 import pwd
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -218,24 +219,49 @@ def test_a_user_s_mount_is_the_user_s_alone(places: Any) -> None:
 def test_a_user_can_not_mount_on_somebody_else_s_directory(places: Any) -> None:
     pool, mountpoint = places.make(owner=NOBODY)
     os.chown(mountpoint, 0, 0)
+    assert f"{mountpoint} belongs to somebody else" in complaint(pool, mountpoint, user=NOBODY)
+
+
+def complaint(pool: Path, mountpoint: Path, options: str = "", user: int = 0) -> str:
+    """Return what a server that can't mount says."""
     with TemporaryFile("w+") as log:
-        with pytest.raises(RuntimeError), served(pool, mountpoint, user=NOBODY, log=log):
+        with (
+            pytest.raises(RuntimeError),
+            served(pool, mountpoint, options, user=user, log=log),
+        ):
             pass
         log.seek(0)
-        assert f"{mountpoint} belongs to somebody else" in log.read()
+        return log.read()
 
 
-@pytest.mark.parametrize("kind", ["missing", "file"])
-def test_a_mount_point_has_to_be_a_directory(place: tuple[Path, Path], kind: str) -> None:
+def test_a_mount_point_has_to_be_a_directory(place: tuple[Path, Path]) -> None:
     pool, mountpoint = place
     mountpoint.rmdir()
-    if kind == "file":
-        mountpoint.touch()
-    with TemporaryFile("w+") as log:
-        with pytest.raises(RuntimeError), served(pool, mountpoint, log=log):
-            pass
-        log.seek(0)
-        assert f"{mountpoint} is not a directory" in log.read()
+    assert f"{mountpoint} does not exist" in complaint(pool, mountpoint)
+    mountpoint.touch()
+    assert f"{mountpoint} is not a directory" in complaint(pool, mountpoint)
+
+
+def test_a_mount_that_was_left_behind_is_named_with_its_cure(place: tuple[Path, Path]) -> None:
+    pool, mountpoint = place
+    command = [sys.executable, "-m", "vfsmap_tools.bench.donothing", str(mountpoint)]
+    with subprocess.Popen(command) as dying:  # nothing unmounts after this one
+        wait_for(mountpoint.is_mount)
+        dying.kill()
+    try:
+        assert f"remove it: fusermount3 -u -z {mountpoint}" in complaint(pool, mountpoint)
+    finally:
+        subprocess.run(["fusermount3", "-u", "-z", mountpoint], check=True)
+
+
+@pytest.mark.usefixtures("open_device")
+def test_a_user_needs_leave_to_let_others_in(places: Any) -> None:
+    pool, mountpoint = places.make(owner=NOBODY)
+    if "\nuser_allow_other" in Path("/etc/fuse.conf").read_text():
+        with served(pool, mountpoint, "allow_other", user=NOBODY):
+            assert as_user(lambda: os.listdir(mountpoint)) == []
+    else:
+        assert "allow_other needs" in complaint(pool, mountpoint, "allow_other", NOBODY)
 
 
 def test_after_a_bug_the_mount_answers_eio_once_lives_on_and_is_read_only(
