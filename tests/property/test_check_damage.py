@@ -114,6 +114,10 @@ def examine(seed: int) -> str:
         return "hopeless"
     assert list(describe(found))
     report = check(found)
+    if not found.objects:
+        assert not report.clean
+        assert survives(lambda: repair(pmem)) is None
+        return "hopeless"
     if report.clean:
         assert opened == patient.whole, f"seed {seed}: {damage} is called clean"
     repair(pmem)

@@ -55,11 +55,12 @@ def check(found: Scan) -> Report:
     """Check a pool that was scanned; nothing is stored."""
     draft = Draft(found.objects, found.objects.written, found.next_oid)
     _check_log(draft, found)
-    if draft.inodes or draft.names:
+    files = draft.holds_files()
+    if files:
         _check_inodes(draft)
         _check_belongings(draft)
     check_extents(draft, found)
-    if draft.inodes or draft.names:
+    if files:
         check_names(draft)
         check_tree(draft)
         check_links(draft)

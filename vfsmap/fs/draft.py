@@ -144,6 +144,11 @@ class Draft:
             return f"has the unknown tag {tag}"
         return "is shorter than its text" if end > len(rec) else ""
 
+    def holds_files(self) -> bool:
+        """Tell whether there is anything of a file system, and not only a program's objects."""
+        kinds = (self.inodes, self.names, self.symlinks, self.xattrs, self.seals, self.trees)
+        return any(kinds) or any(run.owner for run in self.extents.values())
+
     def note(
         self, code: str, where: str, what: str, remedy: str, *, harmless: bool = False
     ) -> None:

@@ -17,7 +17,7 @@ def repair(pmem: Pmem) -> Report:
 
     Raises:
         NotAPool: it is none, or of a newer format.
-        PoolDamaged: neither copy of the superblock can be used.
+        PoolDamaged: neither copy of the superblock can be used, or nothing of the log.
         NoSpace: there is no room for the mended objects.
         Unsupported: the file has to be made longer, and can't be.
         ReadOnly: the medium is not open for writing.
@@ -27,6 +27,8 @@ def repair(pmem: Pmem) -> Report:
     """
     found = scan(pmem)
     report = check(found)
+    if found.damaged and not found.objects:
+        raise PoolDamaged(f"{pmem.path}: nothing of its log can be read; restore it from a copy")
     if not report.clean:
         rewrite(pmem, found, report.draft.objects, report.draft.next_oid)
     elif not report.findings:
