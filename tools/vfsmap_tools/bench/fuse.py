@@ -131,7 +131,8 @@ def _module(name: str, *arguments: str) -> list[str]:
 
 def _vfsmap(place: Place) -> list[str]:
     pool = str(place.medium / "pool")
-    subprocess.run(_module("vfsmap_tools.cli", "format", pool, "--size", "2G"), check=True)
+    command = _module("vfsmap_tools.cli", "format", pool, "--size", "2G")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return _module("vfsmap_tools.cli", "mount", "--foreground", pool, str(place.mountpoint))
 
 
@@ -187,6 +188,31 @@ def idle_share(pid: int, seconds: float = 5) -> float:
     return (_processor_seconds(pid) - before) / seconds
 
 
+def listing_growth(root: Path, few: int = 10_000, many: int = 100_000) -> float:
+    """Return how much longer an entry takes to list and stat among many entries than among few."""
+    seconds = []
+    for count in (few, many):
+        directory = root / f"listing-{count}"
+        directory.mkdir()
+        with _directory(directory) as fd:
+            for number in range(count):
+                os.mknod(f"{number}", dir_fd=fd)
+        start = time.perf_counter()
+        with os.scandir(directory) as entries:
+            listed = sum(entry.stat().st_nlink for entry in entries)
+        seconds.append((time.perf_counter() - start) / listed)
+    return seconds[1] / seconds[0]
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def _tmpfs() -> Iterator[Path]:
     with TemporaryDirectory(prefix="vfsmap-bench-") as name:
@@ -217,6 +243,11 @@ def main(rounds: int, names: tuple[str, ...], as_json: bool) -> None:
         met = report(alternate(MEASURES, loads, rounds), GOALS, as_json=as_json)
         for name, pid in pids.items():
             click.echo(f"{name}: {idle_share(pid):.2%} of a core when idle", err=True)
+        if "vfsmap" in loads:
+            growth = listing_growth(loads["vfsmap"].root)
+            click.echo(
+                f"vfsmap: an entry among 100,000 takes {growth:.2f} of one among 10,000", err=True
+            )
     sys.exit(0 if met else 1)
 
 
