@@ -41,7 +41,7 @@ class Start(msgspec.Struct):
 
 
 class Ask(msgspec.Struct):
-    """One request: call a function, or read, write, toggle, trace, report."""
+    """One request: call a function, or allocate, read, write, toggle, trace, report."""
 
     what: str
     image: str = ""
@@ -71,7 +71,7 @@ def main() -> None:
     try:
         server = Server(msgspec.json.decode(source.readline(), type=Start), sink)
         _answer(sink, Answer(facts=server.reports()))
-        _give_up_everything()
+        server.give_up_everything()
     except VfsmapError as exc:
         _answer(sink, Answer(error=type(exc).__name__, message=str(exc)))
         sys.exit(1)
@@ -84,6 +84,8 @@ def main() -> None:
             answer = server.handle(msgspec.json.decode(line, type=Ask))
         except VfsmapError as exc:
             answer = Answer(error=type(exc).__name__, message=str(exc))
+        except OSError as exc:
+            answer = Answer(error="Denied", message=f"not from within the child: {exc.strerror}")
         _answer(sink, answer)
 
 
@@ -97,6 +99,8 @@ class Server:
 
     def __init__(self, start: Start, sink: BinaryIO) -> None:
         self._sink = sink
+        self._kept: list[Any] = []
+        self._alone = False
         store = Store(Path(start.store))
         if start.host:
             host = Host.decode(base64.b64decode(start.host))
@@ -126,9 +130,14 @@ class Server:
     def reports(self) -> dict[str, Any]:
         """Return what loading each image took."""
         return {
-            name: self._loader.report(loaded)._asdict()
+            name: self._loader.report(loaded, page_sizes=not self._alone)._asdict()
             for name, loaded in self._loader.images.items()
         }
+
+    def give_up_everything(self) -> None:
+        """Keep nothing but memory and the two pipes."""
+        _give_up_everything()
+        self._alone = True
 
     def handle(self, ask: Ask) -> Answer:
         """Do what is asked."""
@@ -137,6 +146,9 @@ class Server:
         if ask.what == "read":
             raw = ctypes.string_at(ask.address, ask.size)
             return Answer(buffers=[base64.b64encode(raw).decode()])
+        if ask.what == "allocate":
+            self._kept.append(ctypes.create_string_buffer(max(ask.size, 1)))
+            return Answer(value=ctypes.addressof(self._kept[-1]))
         if ask.what == "write":
             raw = base64.b64decode(ask.data)
             ctypes.memmove(ask.address, raw, len(raw))
@@ -186,7 +198,7 @@ def _with_dependencies(store: Store, host: Host, names: list[str]) -> list[str]:
 _ALLOWED: Final = (
     *(0, 1, 3, 5, 8),  # read, write, close, fstat, lseek
     *(9, 10, 11, 12, 25, 28),  # mmap, mprotect, munmap, brk, mremap, madvise
-    *(14, 15, 24, 39, 186),  # rt_sigprocmask, rt_sigreturn, sched_yield, getpid, gettid
+    *(13, 14, 15, 24, 39, 186),  # rt_sigaction, _procmask, _return, sched_yield, getpid, gettid
     *(60, 202, 228, 231, 234, 318),  # exit, futex, clock_gettime, exit_group, tgkill, getrandom
     *(257, 262),  # openat, newfstatat: answered by EPERM
 )

@@ -31,6 +31,8 @@ class Variant(msgspec.Struct, frozen=True):
 
     name: str
     build_id: str
+    kernel: str
+    """The release of the kernel that the host runs."""
     source: str
     """sha256 of the unpacked module file, or of the kernel's boot image."""
     host: str

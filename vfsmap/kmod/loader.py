@@ -116,8 +116,8 @@ class Loader:
         self.images[variant.name] = loaded
         return loaded
 
-    def report(self, loaded: Loaded) -> Report:
-        """Return what loading an image took, by now."""
+    def report(self, loaded: Loaded, *, page_sizes: bool = True) -> Report:
+        """Return what loading an image took, by now; without page sizes the kernel is not asked."""
         variant = loaded.variant
         pages = range(variant.text.start, align_up(variant.text.stop, PTE.size))
         overlaid = loaded.guard.overlaid_in(pages)
@@ -129,7 +129,7 @@ class Loader:
             copied=loaded.copied,
             overlaid=overlaid,
             differing_sites=loaded.differing,
-            page_sizes=loaded.guard.window.page_sizes(),
+            page_sizes=loaded.guard.window.page_sizes() if page_sizes else {},
         )
 
     def toggle(self, loaded: Loaded, key: int, enabled: bool) -> int:

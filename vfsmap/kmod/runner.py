@@ -1,6 +1,7 @@
 """Running modules' functions: in a child process, so that nothing they do harms the caller."""
 
 import base64
+import contextlib
 import select
 import signal
 import subprocess
@@ -58,7 +59,7 @@ class Runner:
             Crashed: the child has died.
             VfsmapError: an image can't be loaded.
         """
-        self._timeout = timeout
+        self._timeout = _TIMEOUT  # loading checks digests, which may take longer than a call
         self._rest = b""
         self._doing = "loading images"
         name = f"{mapper.__module__}:{getattr(mapper, '__qualname__', 'map')}"
@@ -81,6 +82,7 @@ class Runner:
         except BaseException:
             self.close()
             raise
+        self._timeout = timeout
 
     @property
     def pid(self) -> int:
@@ -104,6 +106,12 @@ class Runner:
     def address_of(self, image: str, symbol: str) -> int:
         """Return where something that an image defines lies in the child."""
         return self._exchange(Ask("address", image=image, function=symbol)).value
+
+    def allocate(self, data: bytes) -> int:
+        """Put bytes into new memory of the child; return where they are.  It is never freed."""
+        address = self._exchange(Ask("allocate", size=len(data))).value
+        self.write(address, data)
+        return address
 
     def read(self, address: int, size: int) -> bytes:
         """Return bytes of the child's memory."""
@@ -133,7 +141,8 @@ class Runner:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what a dead child was still to be told
+                    stream.close()
 
     def __enter__(self) -> Self:
         return self

@@ -85,7 +85,13 @@ class Store:
             raise NotFound(f"{self.directory} holds no module {name}, but {known}")
         if host is not None:
             digest = host_digest(host)
-            found.sort(key=lambda v: (v.host != digest, v.profile != host.profile))
+            found.sort(
+                key=lambda v: (
+                    v.host != digest,
+                    v.kernel != host.release,
+                    v.profile != host.profile,
+                )
+            )
         return found
 
     def file(self, pack: str, name: str) -> Path:
@@ -194,6 +200,7 @@ class Store:
             variant = Variant(
                 name="vmlinux",
                 build_id=kernel.build_id,
+                kernel=host.release,
                 source=source,
                 host=digest,
                 profile=host.profile,
@@ -315,6 +322,7 @@ class Store:
         return Variant(
             name=placed.module.name,
             build_id=placed.module.build_id,
+            kernel=host.release,
             source=source,
             host=digest,
             profile=host.profile,
