@@ -35,7 +35,7 @@ def section(name: str) -> str:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_offsets_and_sizes_are_documented(name: str) -> None:
     kind = SECTIONS[name]
-    rows = re.findall(r"^\| (\d+) \| (\d*) \| (\w+) \| (.*) \|$", section(name), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| *(\d*) *\| (\w+) \| (.*) \|$", section(name), re.MULTILINE)
     documented = [(int(offset), int(size or 0), field) for offset, size, field, _ in rows]
     fields = [(getattr(kind, f[0]).offset, getattr(kind, f[0]).size, f[0]) for f in kind._fields_]
     assert documented == [*fields, (ctypes.sizeof(kind), 0, "end")]
