@@ -168,6 +168,7 @@ class Loader:
         redirect = self._policy == "redirect"
         if redirect:
             from_store = self._map(path, private=True, cow=self._granularity)
+            forbid_stores(from_store)
         else:
             from_store = self._map(path, sealed=not self._resident)
         self._check(path, recorded.size, from_store, variant)
@@ -249,6 +250,13 @@ class Loader:
         loaded.bound_here = False
         loaded.differing = len(pokes)
         return loaded
+
+
+def forbid_stores(window: Window) -> None:
+    """Let a private window be changed by its own methods only; a stray store to it dies."""
+    if window.writable:
+        libc.mprotect(*window.mapped, libc.PROT_READ)
+        window.writable = False
 
 
 def make_resident(
