@@ -8,42 +8,89 @@ and what is freed grows back into huge units by itself.
 
 from collections.abc import Iterator
 
-from sortedcontainers import SortedDict, SortedList
+from sortedcontainers import SortedDict
 
 from vfsmap.errors import Invalid, NoSpace
 from vfsmap.units import LEVELS, PTE, Level, align_down, align_up, format_size, require_aligned
 
 
 class _Fragments:
-    """The free fragments of one level."""
+    """The free fragments of one level.
 
-    def __init__(self) -> None:
-        self.by_start: SortedDict[int, int] = SortedDict()
-        self.by_end: dict[int, int] = {}
-        self.by_length: SortedList[tuple[int, int]] = SortedList()
+    Taking from the start of a fragment, the commonest change of all, sorts nothing anew: order is
+    kept by the ends.  ``lengths`` has bit ``n`` set where there is a fragment of ``n`` pieces, so
+    the smallest one that fits is found by shifting.
+    """
+
+    __slots__ = ("by_end", "by_length", "by_start", "lengths", "shift")
+
+    def __init__(self, level: Level) -> None:
+        self.shift = level.shift
+        self.by_start: dict[int, int] = {}
+        self.by_end: SortedDict[int, int] = SortedDict()
+        self.by_length: dict[int, dict[int, None]] = {}
+        """The starts of the fragments of so many pieces; a dict, as it keeps their order."""
+        self.lengths = 0
 
     def add(self, start: int, end: int) -> None:
         self.by_start[start] = end
         self.by_end[end] = start
-        self.by_length.add((end - start, start))
+        self._note_length(start, end)
 
     def remove(self, start: int) -> int:
-        end: int = self.by_start.pop(start)
+        end = self.by_start.pop(start)
         del self.by_end[end]
-        self.by_length.remove((end - start, start))
+        self._forget_length(start, end)
         return end
+
+    def move_start(self, start: int, to: int) -> None:
+        """Make a fragment begin elsewhere: it is cut there, or grows."""
+        end = self.by_start.pop(start)
+        self._forget_length(start, end)
+        self.by_start[to] = end
+        self.by_end[end] = to
+        self._note_length(to, end)
+
+    def _note_length(self, start: int, end: int) -> None:
+        pieces = end - start >> self.shift
+        starts = self.by_length.get(pieces)
+        if starts is None:
+            self.by_length[pieces] = {start: None}
+            self.lengths |= 1 << pieces
+        else:
+            starts[start] = None
+
+    def _forget_length(self, start: int, end: int) -> None:
+        pieces = end - start >> self.shift
+        starts = self.by_length[pieces]
+        del starts[start]
+        if not starts:
+            del self.by_length[pieces]
+            self.lengths ^= 1 << pieces
 
     def overlapping(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the fragments, as start and end, that have a byte in the range."""
-        before = self.by_start.bisect_right(start) - 1
-        least = self.by_start.keys()[before] if before >= 0 else None
-        found = ((at, self.by_start[at]) for at in self.by_start.irange(least, end, (True, False)))
-        return [(first, last) for first, last in found if last > start]
+        found = []
+        for last in self.by_end.irange(start, None, (False, False)):
+            first = self.by_end[last]
+            if first >= end:
+                break
+            found.append((first, last))
+        return found
 
     def smallest(self, length: int) -> int | None:
         """Return the start of the smallest fragment of at least ``length`` bytes."""
-        at = self.by_length.bisect_left((length, 0))
-        return self.by_length[at][1] if at < len(self.by_length) else None
+        pieces = -(-length >> self.shift)
+        longer = self.lengths >> pieces
+        if not longer:
+            return None
+        pieces += (longer & -longer).bit_length() - 1
+        return next(iter(self.by_length[pieces]))
+
+    def longest(self) -> tuple[int, int]:
+        """Return length and start of the longest fragment, or zeros."""
+        pieces = self.lengths.bit_length() - 1
+        return (pieces << self.shift, next(iter(self.by_length[pieces]))) if pieces > 0 else (0, 0)
 
 
 class Allocator:
@@ -51,7 +98,8 @@ class Allocator:
 
     def __init__(self, levels: tuple[Level, ...] = LEVELS) -> None:
         self._levels = levels
-        self._fragments = [_Fragments() for _ in levels]
+        self._fragments = [_Fragments(level) for level in levels]
+        self._row = {level: row for row, level in enumerate(levels)}
         self.free_bytes = 0
         self.promoted: dict[int, int] = {}
         """Starts and lengths of runs of whole units that came together since this was emptied."""
@@ -77,7 +125,7 @@ class Allocator:
         if length <= 0:
             raise Invalid(f"a run can't have {length} bytes")
         require_aligned("length", length, level.size)
-        row = self._levels.index(level)
+        row = self._row[level]
         found = self._at_goal(goal, row, length, minimum or length) or self._fit(length, row)
         if found is None and minimum:
             found = self._longest(minimum, row)
@@ -87,10 +135,16 @@ class Allocator:
                 f"{format_size(level.size)} has {format_size(self.largest(level))}"
             )
         row, start = found
-        end = self._fragments[row].remove(start)
+        fragments = self._fragments[row]
+        end = fragments.by_start[start]
         got = min(length, end - start)
-        if start + got < end:
+        if start + got == end:
+            fragments.remove(start)
+        elif got & (1 << fragments.shift) - 1:
+            fragments.remove(start)
             self._insert(start + got, end, 0)
+        else:
+            fragments.move_start(start, start + got)
         self.free_bytes -= got
         return start, got
 
@@ -127,11 +181,7 @@ class Allocator:
 
     def largest(self, level: Level) -> int:
         """Return the length of the largest run that starts at a multiple of the level's size."""
-        row = self._levels.index(level)
-        return max(
-            (f.by_length[-1][0] for f in self._fragments[row:] if f.by_length),
-            default=0,
-        )
+        return max(f.longest()[0] for f in self._fragments[self._row[level] :])
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yield every free fragment as start and length, in no particular order."""
@@ -141,7 +191,7 @@ class Allocator:
 
     def free_in_units(self, level: Level) -> int:
         """Return the free bytes that lie in whole, aligned units of the level."""
-        row = self._levels.index(level)
+        row = self._row[level]
         return sum(end - start for f in self._fragments[row:] for start, end in f.by_start.items())
 
     def _insert(self, start: int, end: int, row: int) -> None:
@@ -172,6 +222,9 @@ class Allocator:
             fragments.remove(before)
             start = before
         if end in fragments.by_start and (top or end % unit):
+            if top or fragments.by_start[end] - start < unit:
+                fragments.move_start(end, start)
+                return
             end = fragments.remove(end)
         if not top and end - start == unit:
             self._insert(start, end, row)
@@ -203,8 +256,5 @@ class Allocator:
 
     def _longest(self, minimum: int, row: int) -> tuple[int, int] | None:
         rows = range(row, len(self._levels))
-        longest = [
-            (*self._fragments[at].by_length[-1], at) for at in rows if self._fragments[at].by_length
-        ]
-        length, start, at = max(longest, default=(0, 0, 0))
+        length, start, at = max((*self._fragments[at].longest(), at) for at in rows)
         return (at, start) if length >= minimum else None
