@@ -11,8 +11,6 @@ PARTS: Final = {
     "mapping": ("--quick",),
     "opening": ("--quick",),
     "cow": ("--quick",),
-    "pstore": ("--quick",),
-    "kmod": ("--quick",),
 }
 """The modules of this package, and what makes each of them quick."""
 
