@@ -169,6 +169,7 @@ async def mounted(
         Denied: this user may not mount there.
         Busy: a mount was left behind there; or the mount failed, or did not answer.
     """
+    fs.noatime = "noatime" in options.kernel
     operations = Operations(fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback)
     _require_mountable(mountpoint, options)
     try:

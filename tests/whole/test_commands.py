@@ -391,3 +391,15 @@ def test_an_archive_brings_everything_back(server: Server, tmp_path: Path) -> No
     assert os.getxattr(back / "sub", "user.vfsmap.align") == b"2M"
     seals = [os.getxattr(t / "sub" / "final", "user.vfsmap.seal") for t in (tree, back)]
     assert seals[0] == seals[1]
+
+
+def test_noatime_leaves_the_time_of_access_alone() -> None:
+    with tmpfs(size="100M") as place, served_pool(place, "64M", "-o", "noatime") as served:
+        path = served.directory / "file"
+        path.write_bytes(b"x" * 5000)
+        os.utime(path, ns=(1_000, 2_000))
+        served.unmount()
+        served.mount()  # nothing is cached now
+        assert path.read_bytes() == b"x" * 5000
+        assert list(served.directory.iterdir()) == [path]
+        assert path.stat().st_atime_ns == 1_000

@@ -117,6 +117,8 @@ class State:
         self._uses: dict[int, Use] = {}
         self._pins: dict[int, Pin] = {}
         self._next_pin = 1
+        self.noatime = False
+        """Do not note when files are read."""
         self._frozen: set[int] = set()
         self._clean_tails: set[int] = set()
         """Files whose extents are known to hold nothing but zeros behind the file's end."""
@@ -256,6 +258,8 @@ class State:
 
         Crash: the old or the new time.
         """
+        if self.noatime:
+            return
         now = time.time_ns()
         atime = inode.atime_ns
         if (
