@@ -202,5 +202,5 @@ def test_fifty_thousand_pokes_of_real_sites_are_copied_once_for_each_block(
         count += loader.trace(loaded, False)
         assert loaded.text == before[name]
     assert count > 50000
-    assert store.verify() == {}
+    assert store.verify(vfsmap.map) == {}
     loader.close()

@@ -395,7 +395,7 @@ def verify(store: Path, as_json: bool) -> None:
     Exit code 3 when a block is damaged.
     """
     opened = Store(store)
-    wrong = opened.verify()
+    wrong = opened.verify(vfsmap.map)
     files = {
         f"{pack}/{name}": recorded.digest
         for pack, found in opened.index.packs.items()

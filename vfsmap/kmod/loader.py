@@ -14,16 +14,13 @@ from vfsmap.guard import Guards, Policy, TextGuard, Violation
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.index import Variant, host_digest
 from vfsmap.kmod.layout import Area
-from vfsmap.kmod.pack import COPIED, DATA, RODATA, TEXT, damaged_blocks
+from vfsmap.kmod.pack import COPIED, DATA, RODATA, TEXT, Mapper, damaged_blocks
 from vfsmap.kmod.plan import pokes_between, toggle_pokes, trace_pokes
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.subject import Subject
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc
 from vfsmap.units import PTE, Level, align_down, align_up
-
-Mapper = Callable[..., Window]
-"""How a file becomes a window; ``vfsmap.map`` is one."""
 
 
 class Report(NamedTuple):

@@ -7,7 +7,7 @@ after area.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +16,12 @@ import msgspec
 from vfsmap.errors import Damaged, Invalid
 from vfsmap.kmod.bind import Bound
 from vfsmap.kmod.layout import Area, Layout
+from vfsmap.mapping.window import Window
 from vfsmap.units import PMD, PTE, align_down, align_up
 from vfsmap.verity import Descriptor, Verifier, hash_file
+
+Mapper = Callable[..., Window]
+"""How a file becomes a window; ``vfsmap.map`` is one."""
 
 TEXT, RODATA, DATA = "text", "rodata", "data"
 FILES: Final = (TEXT, RODATA, DATA)

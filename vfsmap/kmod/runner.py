@@ -17,7 +17,7 @@ from vfsmap.errors import Crashed, VfsmapError
 from vfsmap.guard import Policy
 from vfsmap.kmod.child import Answer, Ask, Start
 from vfsmap.kmod.host import Host
-from vfsmap.kmod.loader import Mapper
+from vfsmap.kmod.pack import Mapper
 from vfsmap.units import PTE, Level, format_size
 
 _TIMEOUT: Final = 30.0

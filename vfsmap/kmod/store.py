@@ -27,6 +27,7 @@ from vfsmap.kmod.pack import (
     FILES,
     IN_PLACE,
     TEXT,
+    Mapper,
     arrange,
     damaged_blocks,
     data_parts,
@@ -352,19 +353,26 @@ class Store:
             os.fsync(stream.fileno())
         path.replace(self.directory / _INDEX)  # the commit point
 
-    def verify(self) -> dict[str, list[int]]:
-        """Check every file of every pack; return the damaged blocks of each that has some."""
+    def verify(self, mapper: Mapper) -> dict[str, list[int]]:
+        """Check every file of every pack; return the damaged blocks of each that has some.
+
+        ``mapper`` maps files; ``vfsmap.map`` shows the medium itself, where caches can't hide it.
+
+        Raises:
+            Damaged: a file is gone, or its Merkle tree is damaged.
+        """
         wrong = {}
         for pack, recorded in self.index.packs.items():
             for name in FILES:
                 path = self.file(pack, name)
                 try:
-                    content = path.read_bytes()
-                    found = damaged_blocks(path, recorded.files[name], memoryview(content))
+                    size = path.stat().st_size
                 except OSError as exc:
                     raise Damaged(f"{path}: {exc.strerror}") from exc
-                if len(content) != recorded.files[name].size:
-                    found.append(min(len(content), recorded.files[name].size) // PTE.size)
+                with mapper(path) as window, window.view() as view:
+                    found = damaged_blocks(path, recorded.files[name], view)
+                if size != recorded.files[name].size:
+                    found.append(min(size, recorded.files[name].size) // PTE.size)
                 if found:
                     wrong[str(path.relative_to(self.directory))] = found
         return wrong
