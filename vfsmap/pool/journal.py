@@ -3,6 +3,7 @@
 import os
 import threading
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 
 from vfsmap.errors import MediumError, NoSpace, PoolDamaged, ReadOnly, VfsmapError
@@ -10,7 +11,7 @@ from vfsmap.pmem import Commit as CommitKind
 from vfsmap.pmem import Pmem
 from vfsmap.pool import superblock
 from vfsmap.pool.checkpoint import Checkpoint
-from vfsmap.pool.layout import BATCH, RECORD, Superblock
+from vfsmap.pool.layout import BATCH, Superblock, end_record
 from vfsmap.pool.log import LogHalf, Place
 from vfsmap.pool.space import Run, Space
 from vfsmap.units import KIB, PMD, PTE, align_up
@@ -30,6 +31,8 @@ class Journal:
 
     def __init__(self, pmem: Pmem, sb: Superblock) -> None:
         self.pmem = pmem
+        self.grouped = pmem.medium.commit is CommitKind.SYNC
+        """Whether transactions wait in memory for a group commit."""
         self.superblock = sb
         self.objects: dict[int, bytes] = {}
         self.live = 0
@@ -47,15 +50,18 @@ class Journal:
         self.io = threading.Lock()
 
     @property
-    def halves(self) -> tuple[Place, Place]:
-        """Where the two halves of the log lie."""
-        first, second = (Place(h.start, h.length) for h in self.superblock.halves)
-        return first, second
+    def superblock(self) -> Superblock:
+        """The superblock that holds."""
+        return self._superblock
 
-    @property
-    def grouped(self) -> bool:
-        """Tell whether transactions wait in memory for a group commit."""
-        return self.pmem.medium.commit is CommitKind.SYNC
+    @superblock.setter
+    def superblock(self, sb: Superblock) -> None:
+        self._superblock = sb
+        first, second = (Place(h.start, h.length) for h in sb.halves)
+        self.halves = first, second
+        self._shorter = min(first.length, second.length)
+        self.capacity = (self._shorter - RESERVE) * 255 // 256
+        """Bytes of live records that the log can hold without growing."""
 
     @property
     def pending(self) -> bool:
@@ -108,8 +114,13 @@ class Journal:
         """Turn read-only, for the reason given; the first reason stays."""
         self.failed = self.failed or reason
 
-    def apply(self, records: list[bytes], freed: list[Run]) -> None:
-        """Commit records, and free runs once that is durable.
+    def apply(self, put: dict[int, bytes], ended: Iterable[int], freed: list[Run]) -> None:
+        """Commit changes, and free runs once that is durable.
+
+        Args:
+            put: objects that get a new content, and their records.
+            ended: objects that end; none of those in ``put``.
+            freed: pool bytes that nobody owns any more.
 
         Raises:
             NoSpace: the log can't hold them.
@@ -118,16 +129,28 @@ class Journal:
 
         Crash: all or nothing; on a grouped medium durable with the next group.
         """
-        self.require_writable()
+        if self.failed is not None or not self.pmem.writable:
+            self.require_writable()
+        objects = self.objects
+        growth = 0
+        for oid, rec in put.items():
+            growth += len(rec) - len(objects.get(oid, b""))
+        records = list(put.values())
+        for oid in ended:
+            growth -= len(objects.get(oid, b""))
+            records.append(end_record(oid))
         size = sum(map(len, records))
-        self._make_room(size, self._growth(records))
+        self._make_room(size, growth)
         if self.grouped:
             self._pending += records
             self._pending_bytes += size
             self._pending_free += freed
         else:
             self._store(records)
-        self._remember(records)
+        objects.update(put)
+        for oid in ended:
+            objects.pop(oid, None)
+        self.live += growth
         if self._checkpoint is not None:
             self._advance(self._checkpoint, records, size)
         if not self.grouped:
@@ -142,46 +165,21 @@ class Journal:
             self.fail(exc)
             raise
 
-    def _growth(self, records: list[bytes]) -> int:
-        growth = 0
-        for rec in records:
-            _, tag, oid = RECORD.unpack_from(rec)
-            growth += (len(rec) if tag else 0) - len(self.objects.get(oid, b""))
-        return growth
-
-    def _remember(self, records: list[bytes]) -> None:
-        objects = self.objects
-        for rec in records:
-            _, tag, oid = RECORD.unpack_from(rec)
-            if tag:
-                self.live += len(rec) - len(objects.get(oid, b""))
-                objects[oid] = rec
-            else:
-                self.live -= len(objects.pop(oid, b""))
-
     def _free(self, runs: list[Run]) -> None:
         for start, length in runs:
             self.space.free(start, length)
 
     # room in the log
 
-    @property
-    def _shorter(self) -> int:
-        return min(place.length for place in self.halves)
-
-    @property
-    def capacity(self) -> int:
-        """Bytes of live records that the log can hold without growing."""
-        return (self._shorter - RESERVE) * 255 // 256
-
     def _make_room(self, size: int, growth: int) -> None:
         if growth > 0 and self.live + growth > self.capacity:
             self._grow(growth)
-        in_flight = self._in_flight.size if self._in_flight else 0
-        room = self.log.room - in_flight - self._pending_bytes - size
+        room = self.log.room - self._pending_bytes - size
+        if self._in_flight is not None:
+            room -= self._in_flight.size
         # half full of live records, a checkpoint would soon be due again: put it off to the last
-        roomy = self.live * 2 <= self.log.place.length
-        if room >= (self.log.place.length // 8 if roomy else 0):
+        length = self.log.place.length
+        if room >= (length // 8 if self.live * 2 <= length else 0):
             return
         if self._checkpoint is None:
             self._start_checkpoint()

@@ -5,6 +5,7 @@ ends the replay.  No batch is stored before the one in front of it is durable, s
 batch behind an invalid one can't come from a crash: it is damage.
 """
 
+import struct
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from vfsmap.errors import PoolDamaged
 from vfsmap.pmem import Pmem
 from vfsmap.pool.layout import BATCH, BATCH_MAGIC, RECORD
 
+_CHECKSUM = struct.Struct("<I")
 _MAGIC_BYTES = BATCH_MAGIC.to_bytes(4, "little")
 _MOST_EFFORT = 16  # times that the bytes of a half may be summed in search of newer batches
 
@@ -33,6 +35,7 @@ class LogHalf:
         self.place = place
         self.generation = generation
         self._salt = salt
+        self._end = place.start + place.length
         self.tail = place.start
         self.sequence = 0
         self._effort = _MOST_EFFORT * place.length
@@ -40,7 +43,7 @@ class LogHalf:
     @property
     def room(self) -> int:
         """Bytes of records that one more batch can hold."""
-        return self.place.start + self.place.length - self.tail - BATCH.size
+        return self._end - self.tail - BATCH.size
 
     def append(self, records: Sequence[bytes], next_oid: int) -> int:
         """Store one batch and return where it lies; :meth:`Pmem.persist` it, and it is committed.
@@ -48,13 +51,13 @@ class LogHalf:
         Crash: the batch is wholly there, or replay ends in front of it.
         """
         body = b"".join(records)
-        assert len(body) <= self.room, "a batch that does not fit would overwrite what is behind"
-        length = BATCH.size + len(body)
-        fields = (self.generation, self.sequence, length, next_oid)
-        checksum = zlib.crc32(body, zlib.crc32(BATCH.pack(BATCH_MAGIC, 0, *fields), self._salt))
         at = self.tail
-        self._pmem.store(at, BATCH.pack(BATCH_MAGIC, checksum, *fields) + body)
-        self.tail += length
+        end = at + BATCH.size + len(body)
+        assert end <= self._end, "a batch that does not fit would overwrite what is behind"
+        head = BATCH.pack(BATCH_MAGIC, 0, self.generation, self.sequence, end - at, next_oid)
+        checksum = zlib.crc32(body, zlib.crc32(head, self._salt))
+        self._pmem.store(at, b"%b%b%b%b" % (head[:4], _CHECKSUM.pack(checksum), head[8:], body))
+        self.tail = end
         self.sequence += 1
         return at
 

@@ -12,7 +12,6 @@ from vfsmap.pool.layout import (
     USER_TAG,
     ExtentRecord,
     Root,
-    end_record,
     record,
 )
 from vfsmap.pool.space import Run
@@ -26,11 +25,12 @@ class Transaction:
     An exception inside the block, or a pool without room, leaves the pool as it was.
     """
 
-    __slots__ = ("_exists", "_freed", "_journal", "_records", "_taken")
+    __slots__ = ("_ended", "_exists", "_freed", "_journal", "_put", "_taken")
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._records: list[bytes] = []
+        self._put: dict[int, bytes] = {}
+        self._ended: dict[int, None] = {}
         self._taken: list[Run] = []
         self._freed: list[Run] = []
         self._exists: dict[int, bool] = {}
@@ -57,8 +57,8 @@ class Transaction:
         Crash: all changes or none; on a grouped medium they are durable with the next group.
         """
         try:
-            if self._records:
-                self._journal.apply(self._records, self._freed)
+            if self._put or self._ended:
+                self._journal.apply(self._put, self._ended, self._freed)
         except BaseException:
             self.abort()
             raise
@@ -68,7 +68,8 @@ class Transaction:
         for start, length in self._taken:
             self._journal.space.free(start, length)
         self._taken.clear()
-        self._records.clear()
+        self._put.clear()
+        self._ended.clear()
 
     def new_oid(self) -> int:
         """Return a number that no object has had."""
@@ -78,11 +79,18 @@ class Transaction:
 
     def put(self, oid: int, tag: int, payload: bytes) -> None:
         """Give object ``oid`` this content."""
-        self._records.append(record(oid, tag, payload))
+        self.put_record(oid, record(oid, tag, payload))
+
+    def put_record(self, oid: int, rec: bytes) -> None:
+        """Give object ``oid`` the content of a record, header included."""
+        self._put[oid] = rec
+        if self._ended:
+            self._ended.pop(oid, None)
 
     def end(self, oid: int) -> None:
         """End an object; its number is never used again."""
-        self._records.append(end_record(oid))
+        self._put.pop(oid, None)
+        self._ended[oid] = None
 
     def take(
         self, length: int, level: Level = PTE, *, goal: int | None = None, minimum: int = 0
@@ -177,6 +185,6 @@ class Transaction:
 
     def set_root(self, oid: Oid) -> None:
         """Make an object the root, from which a program finds the others."""
-        self._records.append(record(0, Root.TAG, oid.to_bytes(8, "little")))
+        self.put(0, Root.TAG, oid.to_bytes(8, "little"))
 
     root = property(fset=set_root, doc="Assigning makes an object the pool's root.")
