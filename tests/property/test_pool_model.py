@@ -128,8 +128,8 @@ class PoolModel(RuleBasedStateMachine):
             for turn in range(turns):
                 with self.pool.transaction() as tx:
                     tx.set(oid, Number(value=turn))
-            self.objects[oid] = turns - 1
-            self.note_durable()
+                self.objects[oid] = turn
+                self.note_durable()
 
     @rule()
     def sync(self) -> None:
