@@ -9,7 +9,13 @@ import zstandard
 from vfsmap.pstore.compress import deflate, inflate
 from vfsmap.pstore.ftrace import Call, format_calls, merge, pack_calls, parse_calls
 from vfsmap.pstore.kallsyms import Symbols
-from vfsmap.pstore.record import make_body, make_header, parse_header, parse_title
+from vfsmap.pstore.record import (
+    make_body,
+    make_header,
+    parse_header,
+    parse_title,
+    readable_limit,
+)
 
 TEXT = b"Panic#7 Part1\n" + b"".join(b"<6>[%9d.0] line of the log\n" % n for n in range(900))
 
@@ -133,3 +139,26 @@ def test_calls_are_shown_with_symbols_of_kernel_and_modules() -> None:
         b"CPU:3 ts:77 ffffffff81000000  ffffffffc0000012  start <- probe+0x12/0x40 [ramoops]\n"
         b"CPU:0 ts:0 00000010  00000000  0x10 <- 0x0\n"
     )
+
+
+def test_what_follows_a_whole_stream_is_ignored_as_kernels_do() -> None:
+    text = b"Oops#1 Part1\nshort\n"
+    assert inflate(deflate(text) + b"rubbish", 1000) == text
+
+
+def test_stream_without_its_last_zero_is_forgiven_where_the_kernel_does() -> None:
+    text = next(
+        text
+        for text in (b"Oops#1 Part1\n" + b"x" * n + b"%d" % n for n in range(1000))
+        if deflate(text).endswith(b"\0")
+    )
+    torn = deflate(text)[:-1]
+    assert inflate(torn, 5000) is None
+    assert inflate(torn, 5000, lenient=True) == text
+
+
+def test_longest_text_is_the_kernels() -> None:
+    assert readable_limit(131060, "6.12") == 393180
+    assert readable_limit(131060, "6.1") == 218433
+    assert readable_limit(8180, "6.1") == 18177
+    assert readable_limit(1500, "6.1") == 2678

@@ -1,5 +1,6 @@
 """Real kernels and regions in a mounted pool: what one writes, the other reads."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import pytest
 
 from vfsmap.pstore import Geometry, Recorder, Region, format_region
 from vfsmap.pstore.geometry import Order
+from vfsmap.pstore.reader import read_files
 from vfsmap.testing.commands import served_pool
 from vfsmap.testing.guest import NVDIMM, SEND, run_guest
 from vfsmap.testing.media import tmpfs
+from vfsmap.testing.spoilt import spoil_region
 from vfsmap.units import KIB, MIB
 from vfsmap_tools.pstore import kernel_parameters
 
@@ -101,3 +104,44 @@ def test_region_written_here_is_shown_by_a_kernel_byte_for_byte(
         assert recorder.region.ledger.counter == 3
         assert recorder.dmesg("Oops", "again\n") == "dmesg-ramoops-1"
     assert shown(file)["dmesg-ramoops-1"].startswith(b"Oops#4 Part1\nagain\n")
+
+
+SMALL = 64 * KIB
+BOOTED = f"""
+insmod /reed_solomon.ko
+i=0
+while [ $i -lt COUNT ]; do
+    insmod /ramoops.ko mem_address=$(({NVDIMM} + i * {SMALL})) PARAMETERS
+    mount -t pstore none /sys/fs/pstore
+    cd /sys/fs/pstore
+    for file in *; do
+        [ -f "$file" ] && {{ echo "== $i/$file"; base64 "$file"; echo "== end"; }}
+    done > /dev/ttyS1
+    cd /
+    umount /sys/fs/pstore
+    rmmod ramoops
+    i=$((i + 1))
+done
+"""
+
+
+@pytest.mark.parametrize("ecc", [0, 16, 5])
+def test_regions_spoilt_in_every_way_are_shown_as_a_kernel_shows_them(
+    key: str, ecc: int, directory: Path
+) -> None:
+    geometry = Geometry(SMALL, 8 * KIB, 8 * KIB, 8 * KIB, ecc=ecc, order=ORDERS[key])
+    regions = [spoil_region(geometry, random.Random(100 * ecc + seed)) for seed in range(32)]
+    file = directory / f"spoilt-{key}-{ecc}"
+    file.write_bytes(b"".join(regions))
+    script = BOOTED.replace("COUNT", str(len(regions)))
+    script = script.replace("PARAMETERS", kernel_parameters(geometry))
+
+    told = run_guest(key, script, ["reed_solomon", "ramoops"], nvdimm=file).files
+
+    ours = {
+        f"{number}/{shown.name}": shown.data
+        for number, region in enumerate(regions)
+        for shown in read_files(region, geometry)
+    }
+    assert len(told) > 100
+    assert told == ours

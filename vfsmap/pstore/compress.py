@@ -27,36 +27,41 @@ def deflate(text: bytes) -> bytes:
     return packer.compress(text) + packer.flush()
 
 
-def inflate(body: bytes, limit: int) -> bytes | None:
-    """Return the text of a compressed record, at most ``limit`` bytes; None: nothing reads it."""
+def inflate(body: bytes, limit: int, *, lenient: bool = False) -> bytes | None:
+    """Return the text of a compressed record, at most ``limit`` bytes; None: nothing reads it.
+
+    ``lenient`` forgives a deflate stream that lacks a last byte of zero, as kernel 6.1 does.
+    """
     limit = min(limit, _SANE)
     if body.startswith(_ZSTD_MAGIC):
         return _inflate_zstd(body, limit)
-    text = _inflate_deflate(body, limit)
-    if text is not None:
+    text, rest = _inflate_deflate(body, limit)
+    if text is None and lenient:
+        text, rest = _inflate_deflate(body + b"\0", limit)
+    if text is not None and (not rest or _looks_right(text)):
         return text
     # A block of these carries no mark of its own: only what comes out tells.
     guesses: tuple[Callable[[bytes, int], bytes | None], ...] = (_inflate_lz4, _inflate_lzo)
     for guess in guesses:
-        text = guess(body, limit)
-        if text is not None and len(text) <= limit and _looks_right(text):
-            return text
-    return None
+        guessed = guess(body, limit)
+        if guessed is not None and len(guessed) <= limit and _looks_right(guessed):
+            return guessed
+    return text  # to a kernel of deflate alone it does not matter what follows the stream
 
 
 def _looks_right(text: bytes) -> bool:
     return text.partition(b"#")[0] in REASONS
 
 
-def _inflate_deflate(body: bytes, limit: int) -> bytes | None:
+def _inflate_deflate(body: bytes, limit: int) -> tuple[bytes | None, bytes]:
+    """Return the text, None when the stream is not whole, and what follows the stream."""
     unpacker = zlib.decompressobj(-15)
     try:
         text = unpacker.decompress(body, limit + 1)
     except zlib.error:
-        return None
-    if not unpacker.eof or len(text) > limit:
-        return None
-    return text if not unpacker.unused_data or _looks_right(text) else None
+        return None, b""
+    whole = unpacker.eof and len(text) <= limit
+    return (text if whole else None), unpacker.unused_data
 
 
 def _inflate_zstd(body: bytes, limit: int) -> bytes | None:

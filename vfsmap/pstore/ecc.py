@@ -1,4 +1,4 @@
-"""Reed-Solomon parity of pstore blocks: encode by table, check by encoding, repair by reedsolo.
+"""Reed-Solomon parity of pstore blocks: encode by table, check by encoding, repair.
 
 The code is the one of Linux ``lib/reed_solomon`` as ramoops sets it up: GF(2^8) over 0x11d,
 alpha = 2, roots alpha^0 ... alpha^(size-1), systematic and shortened, first byte = highest power.
@@ -12,17 +12,15 @@ from functools import cache, reduce
 from operator import getitem, xor
 from typing import Final, NamedTuple
 
-from reedsolo import ReedSolomonError, RSCodec
-
 from vfsmap.errors import Invalid
+from vfsmap.pstore.errata import EXP, find_errors, multiply
 
 BLOCK: Final = 128
 """Data bytes that share one parity."""
 MAX_PARITY: Final = 127
 """Parity bytes a block can have: block and parity together are one codeword of at most 255."""
 
-_POLYNOMIAL: Final = 0x11D
-_DOUBLE: Final = bytes((v << 1) ^ (_POLYNOMIAL if v & 0x80 else 0) for v in range(256))
+_DOUBLE: Final = bytes(multiply(value, EXP[1]) for value in range(256))
 
 
 class Repair(NamedTuple):
@@ -71,18 +69,16 @@ class Code:
 
     def repair(self, data: bytes, parity: bytes) -> Repair:
         """Return ``data`` with up to ``size // 2`` wrong bytes, in it or in its parity, mended."""
-        if self.parity(data) == parity:
+        expected = self.parity(data)
+        if expected == parity:
             return Repair(data, 0)
-        try:
-            mended, _, wrong = _codec(self.size).decode(data + parity)
-        except ReedSolomonError:
+        word = bytearray(data + parity)
+        errors = find_errors(bytes(map(xor, expected, parity)), len(word))
+        if errors is None:
             return Repair(data, -1)
-        return Repair(bytes(mended), len(wrong))
-
-
-@cache
-def _codec(size: int) -> RSCodec:
-    return RSCodec(size, nsize=255, fcr=0, prim=_POLYNOMIAL, generator=2, c_exp=8)
+        for place, error in errors.items():
+            word[-1 - place] ^= error
+        return Repair(bytes(word[: len(data)]), len(errors))
 
 
 @cache
@@ -109,7 +105,7 @@ def matching_sizes(data: bytes, tail: bytes) -> Iterator[int]:
     rest, power = 0, 1
     for size in range(1, min(MAX_PARITY, len(tail)) + 1):
         ones ^= tail[-size]
-        rest ^= _multiply(tail[-size], power)
+        rest ^= multiply(tail[-size], power)
         head, power = _DOUBLE[head], _DOUBLE[power]
         if not ones and head == rest and size > 1 and _divide(data, size) == tail[-size:]:
             yield size
@@ -119,7 +115,7 @@ def _divide(data: bytes, size: int) -> bytes:
     parity = bytes(size)
     for byte in data:
         factor = byte ^ parity[0]
-        feedback = bytes(_multiply(factor, c) for c in _generator(size))
+        feedback = bytes(multiply(factor, c) for c in _generator(size))
         parity = bytes(map(xor, parity[1:] + b"\0", feedback))
     return parity
 
@@ -129,19 +125,9 @@ def _generator(size: int) -> bytes:
     """Return the generator polynomial without its leading 1, highest power first."""
     if size == 0:
         return b""
-    generator, root = b"\1" + _generator(size - 1), 1
-    for _ in range(size - 1):
-        root = _DOUBLE[root]
-    scaled = bytes(_multiply(root, c) for c in generator)
+    generator = b"\1" + _generator(size - 1)
+    scaled = bytes(multiply(EXP[size - 1], c) for c in generator)
     return bytes(map(xor, generator + b"\0", b"\0" + scaled))[1:]
-
-
-def _multiply(a: int, b: int) -> int:
-    product = 0
-    while b:
-        product ^= a if b & 1 else 0
-        a, b = _DOUBLE[a], b >> 1
-    return product
 
 
 def _multiples(row: bytes) -> list[int]:

@@ -58,8 +58,7 @@ def read_files(
     files: list[File] = []
     for place, log, capacity in logs:
         if place.kind == "dmesg":
-            limit = readable_limit(capacity)
-            files += _show_record(place, log, limit, ecc=bool(geometry.ecc))
+            files += _show_record(place, log, capacity, geometry)
     plain: tuple[Kind, ...] = ("console", "pmsg")
     for kind in plain:
         shown = [log for place, log, _ in logs if place.kind == kind]
@@ -116,18 +115,21 @@ def _show(
     )
 
 
-def _show_record(place: Place, log: Log, limit: int, *, ecc: bool) -> Iterator[File]:
+def _show_record(place: Place, log: Log, capacity: int, geometry: Geometry) -> Iterator[File]:
     header = parse_header(log.data)
     if header is None or header.length == len(log.data):
         return
     body = log.data[header.length :]
-    text = inflate(body, limit) if header.compressed else body
+    text: bytes | None = body
+    if header.compressed:
+        limit = readable_limit(capacity, geometry.order)
+        text = inflate(body, limit, lenient=geometry.order == "6.1")
     yield _show(
         "dmesg",
         place.number,
         body if text is None else text,
         [log],
-        ecc=ecc,
+        ecc=bool(geometry.ecc),
         time_ns=header.time_ns,
         packed=text is None,
     )

@@ -4,6 +4,7 @@ import re
 from typing import Final, Literal, NamedTuple
 
 from vfsmap.pstore.compress import REASONS, deflate
+from vfsmap.pstore.geometry import Order
 
 Reason = Literal["Panic", "Oops", "Emergency", "Shutdown", "Unknown"]
 Compression = Literal["deflate", "none"]
@@ -59,14 +60,21 @@ def parse_title(text: bytes) -> Title | None:
     return Title(match[1].decode(), int(match[2])) if match else None
 
 
-def readable_limit(capacity: int) -> int:
-    """Return the longest text that some kernel inflates from zones of ``capacity`` bytes."""
-    return capacity * 3  # 6.12: three times the zone; 6.1: at most 100/45 of it
+def readable_limit(capacity: int, order: Order) -> int:
+    """Return the longest text that a kernel inflates from zones of ``capacity`` bytes."""
+    if order == "6.12":
+        return capacity * 3
+    # 6.1 sizes its buffer by the ratio it expects, in percent: zbufsize_deflate()
+    expected = ((range(1000, 2001), 56), (range(2001, 3001), 54), (range(3001, 4000), 52))
+    for sizes, percent in (*expected, (range(4000, 10001), 45)):
+        if capacity in sizes:
+            return capacity * 100 // percent
+    return capacity * 100 // 60
 
 
 def writable_limit(capacity: int) -> int:
     """Return the longest text that every kernel inflates from zones of ``capacity`` bytes."""
-    return capacity * 100 // 60  # 6.1 expects to compress to 60 % or better
+    return capacity * 100 // 60  # the least of readable_limit()
 
 
 def make_body(

@@ -163,6 +163,10 @@ class Shelf:
         if header is None:
             return 0
         body = log[header.length :]
-        text = inflate(body, readable_limit(zone.capacity)) if header.compressed else body
+        text = (
+            inflate(body, readable_limit(zone.capacity, self._geometry.order))
+            if header.compressed
+            else body
+        )
         title = parse_title(text or b"")
         return title.number if title else 0
