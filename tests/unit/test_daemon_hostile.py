@@ -5,6 +5,7 @@ matters, the clock is the test's.
 """
 
 import array
+import gc
 import logging
 import os
 import resource
@@ -171,9 +172,10 @@ def null() -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def no_descriptor_is_leaked() -> Iterator[None]:
+    gc.collect()  # what earlier tests have left is closed now, not meanwhile
     before = len(os.listdir("/proc/self/fd"))
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_a_call_is_answered() -> None:
