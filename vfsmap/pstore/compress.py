@@ -46,6 +46,8 @@ def inflate(body: bytes, limit: int, *, lenient: bool = False) -> bytes | None:
         guessed = guess(body, limit)
         if guessed is not None and len(guessed) <= limit and _looks_right(guessed):
             return guessed
+    if any(reason + b"#" in body[:16] for reason in REASONS):
+        return None  # LZ4 and LZO begin with plain text: this is a torn one
     return text  # to a kernel of deflate alone it does not matter what follows the stream
 
 
