@@ -103,10 +103,11 @@ def test_an_error_is_raised_as_its_class_and_leaks_no_descriptor(peer: Peer) -> 
     peer.descriptors = (0,)
     with Client(peer.path) as one:
         close_all(one.call("Hello")[1])
+        gc.collect()  # what earlier tests have left is closed now, not meanwhile
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(Busy, match=r"^m$"):
             one.call("Do")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("answer", [b"rubbish\0", b"[]\0", b'{"parameters":[1]}x\0', b"\0"])
@@ -115,10 +116,11 @@ def test_an_answer_that_makes_no_sense_is_a_protocol_error(peer: Peer, answer: b
     peer.descriptors = (0,)
     with Client(peer.path) as one:
         close_all(one.call("Hello")[1])
+        gc.collect()  # what earlier tests have left is closed now, not meanwhile
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(ProtocolError):
             one.call("Do")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_daemon_that_hangs_up_or_is_not_there_is_unreachable(peer: Peer, tmp_path: Path) -> None:
