@@ -85,11 +85,13 @@ def bases_from(host: Host, module: Module, layout: Layout) -> dict[Area, int]:
 
     Raises:
         NotFound: the host has not loaded the module.
+        Invalid: it was built for another kernel.
         Damaged: the host's sections don't lie as this file's would.
     """
     resident = host.modules.get(module.name)
     if resident is None:
         raise NotFound(f"the host has no module {module.name}; give an address to bind it to")
+    module.require_vermagic(host.release)  # of another build nothing would lie right
     bases: dict[Area, int] = {Area.PERCPU: resident.percpu_base}
     for index, spot in layout.places.items():
         name = module.elf.sections[index].name

@@ -79,8 +79,8 @@ class Kernel:
             raise Damaged(f"{file_name} is an ELF file of type {self.elf.kind}, not a kernel")
         self.raw = raw
         self.text = self.elf.require(".text")
-        if any(s.kind == _LOAD and s.size > GIB for s in self.elf.segments):
-            raise Damaged(f"{file_name}: a segment is larger than a kernel can be")
+        if sum(s.size for s in self.elf.segments if s.kind == _LOAD) > GIB:
+            raise Damaged(f"{file_name} would take more memory than a kernel can have")
 
     @classmethod
     def open(cls, path: Path) -> Self:

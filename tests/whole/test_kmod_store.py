@@ -1,0 +1,213 @@
+"""The image store: variants side by side, addresses, damage, and the commands over it."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+import vfsmap as library
+from vfsmap.errors import Damaged, Exists, Invalid, NotFound
+from vfsmap.kmod.bind import bind
+from vfsmap.kmod.host import Host
+from vfsmap.kmod.layout import Area
+from vfsmap.kmod.loader import Loader
+from vfsmap.kmod.module import Module
+from vfsmap.kmod.store import Store
+from vfsmap.kmod.userspace import user_host
+from vfsmap.testing.commands import vfsmap
+from vfsmap.testing.kernels import modules
+from vfsmap.units import MIB
+
+DATA = Path(__file__).parents[1] / "data" / "kmod"
+
+
+def host(profile: str) -> Host:
+    return Host.open(DATA / profile / "host.json.xz")
+
+
+def module(name: str, key: str = "61") -> Module:
+    return Module.open(modules(key)[name])
+
+
+def test_variants_of_a_module_live_side_by_side_and_each_host_gets_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for profile in ("61max", "61off", "61up"):
+        store.add([module("xfs")], host(profile))
+    assert len(Store(tmp_path).find("xfs")) == 3
+    assert len({variant.profile for variant in store.index.variants}) == 3
+    for profile in ("61up", "61off", "61max"):
+        where = host(profile)
+        loader = Loader(Store(tmp_path), where, library.map)
+        loaded = loader.load("xfs")
+        assert loader.report(loaded).bound_here
+        assert loaded.text == bind(module("xfs"), where).placed.area(Area.TEXT)
+        loader.close()
+
+
+def test_modules_share_units_and_never_addresses(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    names = ("crc7", "crc_itu_t", "lz4_compress", "xfs")
+    first = store.add([module(name) for name in names], Host(user_host()))
+    second = store.add([module("reed_solomon")], Host(user_host()))
+    spans = [
+        range(base, base + variant.sizes[area])
+        for variant in (*first, *second)
+        for area, base in variant.bases.items()
+        if area != "percpu" and variant.sizes[area]
+    ]
+    spans.sort(key=lambda span: span.start)
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(spans))
+    assert all(span.start % 4096 == 0 for span in spans)
+    assert {variant.text.start // (2 * MIB) for variant in first} == {0x40000000 // (2 * MIB)}
+    assert second[0].text.start % (2 * MIB) == 0
+    assert all(span.stop < 1 << 31 for span in spans)
+
+
+def test_a_module_that_another_one_needs_is_bound_to_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    needed = module("cast_common")
+    store.add([module("cast5_generic"), needed], Host(user_host()))
+    exported = store.placed(store.find("cast_common")[0]).address_of_symbol("cast_s1")
+    placed = store.placed(store.find("cast5_generic")[0])
+    values = zip(placed.module.elf.symbols, placed.values, strict=True)
+    assert next(value for symbol, value in values if symbol.name == "cast_s1") == exported
+    # and so is one that comes later
+    later = store.add([module("cast6_generic")], Host(user_host()))[0]
+    placed = store.placed(later)
+    values = zip(placed.module.elf.symbols, placed.values, strict=True)
+    assert next(value for symbol, value in values if symbol.name == "cast_s1") == exported
+
+
+def test_adding_twice_and_adding_what_fails_leave_the_store_as_it_was(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add([module("xfs")], host("61max"))
+    before = (tmp_path / "index.json").read_bytes()
+    with pytest.raises(Exists, match="xfs bound to that host already"):
+        store.add([module("xfs")], host("61max"))
+    with pytest.raises(Invalid, match=r"was built for kernel 6\.12"):
+        Store(tmp_path).add([module("xfs", "612")], host("61off"))
+    with pytest.raises(Invalid, match="not on a unit of 2 MiB"):
+        Store(tmp_path).add([module("kvm")], host("61max"), at=0xFFFFFFFFC0001000)
+    with pytest.raises(NotFound, match="holds no module kvm, but xfs"):
+        Store(tmp_path).find("kvm")
+    assert (tmp_path / "index.json").read_bytes() == before
+
+
+def test_what_an_interrupted_add_left_is_no_hindrance(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (variant,) = store.add([module("crc7")], Host(user_host()))
+    (tmp_path / "index.json").unlink()  # as if power had failed just before the commit point
+    again = Store(tmp_path)
+    assert again.index.variants == []
+    assert again.add([module("crc7")], Host(user_host())) == [variant]
+    assert again.verify(library.map) == {}
+
+
+def test_damage_is_named_by_file_and_block_and_refused_at_load(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (variant,) = store.add([module("reed_solomon")], Host(user_host()))
+    path = store.file(variant.pack, "text")
+    path.chmod(0o644)
+    raw = bytearray(path.read_bytes())
+    raw[4096 + 5] ^= 1
+    path.write_bytes(raw)
+    assert store.verify(library.map) == {f"packs/{variant.pack}/text.img": [1]}
+    with pytest.raises(Damaged, match="blocks 1 differ"):
+        Loader(store, Host(user_host()), library.map).load("reed_solomon")
+    path.write_bytes(raw[:4096])
+    with pytest.raises(Damaged, match="4096 bytes, 2097152 were sealed"):
+        Loader(store, Host(user_host()), library.map).load("reed_solomon")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version": 2}', b'{"variants": [{"name": 1}]}'])
+def test_an_index_that_makes_no_sense_is_damage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "index.json").write_bytes(content)
+    with pytest.raises(Damaged, match=r"index\.json"):
+        Store(tmp_path)
+
+
+def test_a_source_that_has_changed_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (variant,) = store.add([module("crc7")], Host(user_host()))
+    path = tmp_path / "sources" / variant.source
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(Damaged, match="has changed since crc7 was added"):
+        store.module(variant)
+
+
+def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
+    store, document = tmp_path / "store", tmp_path / "user.json"
+    vfsmap("module", "host", "--user", "-o", document)
+    added = json.loads(
+        vfsmap(
+            "module",
+            "add",
+            modules("61")["crc7"],
+            modules("61")["xfs"],
+            store,
+            "--host",
+            document,
+            "--json",
+        ).stdout
+    )
+    assert [row["module"] for row in added] == ["crc7", "xfs"]
+    listed = json.loads(vfsmap("module", "ls", store, "--json").stdout)
+    assert [row["kernel"] for row in listed] == ["user space"] * 2
+    called = json.loads(
+        vfsmap(
+            "module", "call", store, "crc7", "crc7_be", "0", "text:123456789", "9", "--json"
+        ).stdout
+    )
+    assert called["value"] == 0x75 << 1
+    (report,) = json.loads(vfsmap("module", "load", store, "xfs", "--json").stdout)
+    assert report["overlaid"] == 0
+    traced = json.loads(vfsmap("module", "trace", store, "xfs", "on", "--json").stdout)
+    assert traced["sites"] == 2629  # those of init text are not there any more
+    keys = json.loads(vfsmap("module", "toggle", store, "xfs", "--json").stdout)
+    name = next(row["key"] for row in keys if "xfs_buf_init" in row["key"])
+    toggled = json.loads(vfsmap("module", "toggle", store, "xfs", name, "on", "--json").stdout)
+    assert toggled["sites"] >= 1
+    assert toggled["overlaid_bytes"] >= 4096
+    assert vfsmap("module", "verify", store).stdout.count("sha256:") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("load", "STORE", "nothing"), 1, "holds no module nothing"),
+        (("call", "STORE", "crc7", "nothing"), 1, "no symbol 'nothing'"),
+        (("call", "STORE", "crc7", "crc7_be", "zz"), 2, "argument 'zz'"),
+        (("trace", "STORE", "reed_solomon", "on", "--policy", "refuse"), 1, "never written"),
+        (("toggle", "STORE", "crc7", "zz", "on"), 2, "'zz' is no address"),
+        (("sites",), 2, "name a file, or a directory"),
+        (("text", "STORE/index.json", "--host", "HOST", "-o", "OUT"), 3, "not an ELF file"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    store = tmp_path / "store"
+    Store(store).add([module("crc7"), module("reed_solomon")], Host(user_host()))
+    names = {"HOST": DATA / "61max" / "host.json.xz", "OUT": tmp_path / "out"}
+    words = [str(names.get(a, a)).replace("STORE", str(store)) for a in arguments]
+    done = vfsmap("module", *words, check=False)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("profile", ["61max", "612off"])
+def test_the_text_command_writes_what_the_kernel_had_in_memory(
+    tmp_path: Path, profile: str
+) -> None:
+    path, output = DATA / profile / "host.json.xz", tmp_path / "text"
+    key = "612" if profile.startswith("612") else "61"
+    facts = json.loads(
+        vfsmap("module", "text", modules(key)["kvm"], "--host", path, "-o", output, "--json").stdout
+    )
+    resident = host(profile).modules["kvm"]
+    assert int(facts["text_base"], 16) == resident.text.start
+    digest = hashlib.sha256(output.read_bytes()).hexdigest()
+    assert digest == resident.document.text_sha256
