@@ -29,7 +29,7 @@ class _Fragments:
         self.by_start: dict[int, int] = {}
         self.by_end: SortedDict[int, int] = SortedDict()
         self.by_length: dict[int, dict[int, None]] = {}
-        """The starts of the fragments of so many pieces; a dict, as it keeps their order."""
+        """The starts of the fragments of so many pieces; a dict, as it keeps an order."""
         self.lengths = 0
 
     def add(self, start: int, end: int) -> None:
@@ -84,13 +84,20 @@ class _Fragments:
         longer = self.lengths >> pieces
         if not longer:
             return None
-        pieces += (longer & -longer).bit_length() - 1
-        return next(iter(self.by_length[pieces]))
+        return self._any_of(pieces + (longer & -longer).bit_length() - 1)
 
     def longest(self) -> tuple[int, int]:
         """Return length and start of the longest fragment, or zeros."""
         pieces = self.lengths.bit_length() - 1
-        return (pieces << self.shift, next(iter(self.by_length[pieces]))) if pieces > 0 else (0, 0)
+        return (pieces << self.shift, self._any_of(pieces)) if pieces > 0 else (0, 0)
+
+    def _any_of(self, pieces: int) -> int:
+        """Return the start of the youngest fragment of so many pieces."""
+        starts = self.by_length[pieces]
+        # next(iter(starts)) would walk over the places of all that were deleted
+        start, _ = starts.popitem()
+        starts[start] = None
+        return start
 
 
 class Allocator:

@@ -2,13 +2,14 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from vfsmap.pool.layout import EXTENT, ExtentRecord
+from vfsmap.pool.layout import ExtentRecord, record_packer
 from vfsmap.pool.transaction import Transaction
 from vfsmap.units import Extent
 
-_LAST = 1 << 64
+_LAST: Final = 1 << 64
+_RECORD: Final = record_packer(ExtentRecord)
 
 
 class Piece(NamedTuple):
@@ -28,23 +29,36 @@ class Piece(NamedTuple):
 class FileMap:
     """A file's extents, ascending by file offset, without overlap."""
 
-    __slots__ = ("pieces",)
+    __slots__ = ("allocated", "pieces")
 
-    def __init__(self, pieces: list[Piece]) -> None:
+    def __init__(self, pieces: list[Piece], allocated: int) -> None:
         self.pieces = pieces
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of the pool that the file owns."""
-        return sum(piece.length for piece in self.pieces)
+        self.allocated = allocated
+        """Bytes of the pool that the file owns: the sum of the pieces' lengths."""
 
     def overlapping(self, offset: int, end: int) -> Iterator[Extent]:
         """Yield what lies in the range, cut to it."""
-        for piece in self.pieces[self._first(offset) :]:
-            if piece.offset >= end:
+        pieces = self.pieces
+        at = self._first(offset)
+        while at < len(pieces):
+            first, start, length, _ = pieces[at]
+            if first >= end:
                 return
-            first, last = max(piece.offset, offset), min(piece.end, end)
-            yield Extent(first, piece.start + first - piece.offset, last - first)
+            last = min(first + length, end)
+            if first < offset:
+                start += offset - first
+                first = offset
+            yield Extent(first, start, last - first)
+            at += 1
+
+    def within(self, offset: int, end: int) -> int | None:
+        """Return where in the pool the range lies if one extent holds it all."""
+        at = bisect_right(self.pieces, (offset, _LAST)) - 1
+        if at >= 0:
+            first, start, length, _ = self.pieces[at]
+            if end <= first + length:
+                return start + offset - first
+        return None
 
     def holes(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of the range that nothing is allocated for, as start and end."""
@@ -57,8 +71,14 @@ class FileMap:
             yield at, end
 
     def covers(self, offset: int, end: int) -> bool:
-        """Tell whether the range has no hole."""
+        """Tell whether the range has no hole; an empty range has none."""
+        if self.within(offset, end) is not None:
+            return True
         return next(self.holes(offset, end), None) is None
+
+    def is_hole(self, offset: int, end: int) -> bool:
+        """Tell whether nothing is allocated for the range."""
+        return next(self.overlapping(offset, end), None) is None
 
     def allocated_in(self, offset: int, end: int) -> int:
         """Return how many bytes of the range are allocated."""
@@ -75,41 +95,47 @@ class Edit(FileMap):
 
     __slots__ = ("_owner", "_tx")
 
-    def __init__(self, tx: Transaction, owner: int, pieces: list[Piece]) -> None:
-        super().__init__(list(pieces))
+    def __init__(self, tx: Transaction, owner: int, map_: FileMap) -> None:
+        super().__init__(map_.pieces.copy(), map_.allocated)
         self._tx = tx
         self._owner = owner
 
     def add(self, offset: int, start: int, length: int) -> None:
         """Add an extent where there is a hole; it grows its neighbours where both ends meet."""
-        at = bisect_left(self.pieces, (offset,))
+        self.allocated += length
+        pieces = self.pieces
+        at = bisect_left(pieces, (offset,))
         oid = 0
-        if at and self.pieces[at - 1].end == offset:
-            before = self.pieces[at - 1]
+        if at and pieces[at - 1].end == offset:
+            before = pieces[at - 1]
             if before.start + before.length == start:
                 at -= 1
                 offset, start, length = before.offset, before.start, before.length + length
-                oid = self.pieces.pop(at).oid
-        if at < len(self.pieces) and self.pieces[at].offset == offset + length:
-            after = self.pieces[at]
+                oid = pieces.pop(at).oid
+        if at < len(pieces) and pieces[at].offset == offset + length:
+            after = pieces[at]
             if after.start == start + length:
                 length += after.length
-                del self.pieces[at]
+                del pieces[at]
                 if oid:
                     self._tx.end(after.oid)
                 oid = oid or after.oid
         self._put(at, offset, start, length, oid or self._tx.new_oid())
 
     def cut(self, offset: int, end: int = _LAST, *, most: int = _LAST) -> bool:
-        """Free what is allocated in the range; False when more than ``most`` pieces are left."""
-        at = self._first(offset)
-        while at < len(self.pieces) and self.pieces[at].offset < end:
+        """Free what is allocated in the range; False when more than ``most`` pieces are left.
+
+        What is left is in front: the file's last pieces go first, so that ending them is cheap.
+        """
+        at = bisect_left(self.pieces, (end,)) - 1
+        while at >= 0 and self.pieces[at].end > offset:
             if most <= 0:
                 return False
             most -= 1
             piece = self.pieces.pop(at)
             first, last = max(piece.offset, offset), min(piece.end, end)
             self._tx.release(piece.start + first - piece.offset, last - first)
+            self.allocated -= last - first
             oid = piece.oid
             if last < piece.end:
                 self._put(at, last, piece.start + last - piece.offset, piece.end - last, oid)
@@ -118,11 +144,12 @@ class Edit(FileMap):
                 length = first - piece.offset
                 self._put(at, piece.offset, piece.start, length, oid or self._tx.new_oid())
                 oid = 0
-                at += 1
             if oid:
                 self._tx.end(oid)
+            at -= 1
         return True
 
     def _put(self, at: int, offset: int, start: int, length: int, oid: int) -> None:
         self.pieces.insert(at, Piece(offset, start, length, oid))
-        self._tx.put(oid, ExtentRecord.TAG, EXTENT.pack(self._owner, offset, start, length))
+        rec = _RECORD.pack(_RECORD.size, ExtentRecord.TAG, oid, self._owner, offset, start, length)
+        self._tx.put_record(oid, rec)

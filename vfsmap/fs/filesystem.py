@@ -10,6 +10,7 @@ from vfsmap.errors import Invalid
 from vfsmap.fs.data import Data
 from vfsmap.fs.inode import ROOT, Inode
 from vfsmap.fs.names import NAME_MAX, Names
+from vfsmap.fs.seals import Seals
 from vfsmap.fs.xattrs import Xattrs
 from vfsmap.pool import Oid, Pool
 from vfsmap.pool.layout import BLOCK, EXTENT, RECORD, ExtentRecord, InodeRecord
@@ -31,7 +32,7 @@ class StatFs(NamedTuple):
     namemax: int
 
 
-class FileSystem(Names, Data, Xattrs):
+class FileSystem(Names, Data, Seals, Xattrs):
     """A file system in an open pool; for one thread.
 
     Permissions are the business of whoever serves it: here everybody is root.

@@ -3,11 +3,14 @@
 import stat
 from typing import Final, Self
 
-from vfsmap.pool.layout import RECORD, InodeRecord, packer
+from vfsmap.pool.layout import RECORD, InodeRecord, packer, record_packer
 
 _FIELDS: Final = packer(InodeRecord)
+_RECORD: Final = record_packer(InodeRecord)
 _SEALED: Final = 1
 _ALIGN_SHIFT: Final = 8
+ALIGN_MASK: Final = 0xFF << _ALIGN_SHIFT
+"""The flags that hold the alignment hint."""
 
 ROOT: Final = 1
 """The root directory's inode number."""
@@ -84,6 +87,25 @@ class Inode:
             self.btime_ns,
         )
 
+    def record(self) -> bytes:
+        """Return the inode's record, header and all."""
+        return _RECORD.pack(
+            _RECORD.size,
+            InodeRecord.TAG,
+            self.ino,
+            self.mode,
+            self.nlink,
+            self.uid,
+            self.gid,
+            self.rdev,
+            self.flags,
+            self.size,
+            self.atime_ns,
+            self.mtime_ns,
+            self.ctime_ns,
+            self.btime_ns,
+        )
+
     @property
     def is_directory(self) -> bool:
         """Tell whether this is a directory."""
@@ -106,8 +128,8 @@ class Inode:
     @property
     def align(self) -> int:
         """The alignment hint: log2 of the unit that extents shall be laid out in; 0 for none."""
-        return self.flags >> _ALIGN_SHIFT & 0xFF
+        return (self.flags & ALIGN_MASK) >> _ALIGN_SHIFT
 
     @align.setter
     def align(self, shift: int) -> None:
-        self.flags = self.flags & ~(0xFF << _ALIGN_SHIFT) | shift << _ALIGN_SHIFT
+        self.flags = self.flags & ~ALIGN_MASK | shift << _ALIGN_SHIFT

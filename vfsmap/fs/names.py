@@ -15,10 +15,10 @@ from vfsmap.errors import (
     NotFound,
     TooManyLinks,
 )
-from vfsmap.fs.inode import ROOT, Inode
-from vfsmap.fs.state import DIRENT, SYMLINK, State
+from vfsmap.fs.inode import ALIGN_MASK, ROOT, Inode
+from vfsmap.fs.state import BATCH_PIECES, SYMLINK, State
 from vfsmap.pool import Transaction
-from vfsmap.pool.layout import RECORD, DirentRecord, SymlinkRecord
+from vfsmap.pool.layout import RECORD, DirentRecord, SymlinkRecord, record_packer
 
 NAME_MAX: Final = 255
 TARGET_MAX: Final = 4095
@@ -26,6 +26,7 @@ LINK_MAX: Final = 65_000  # as ext4 has it
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 _INO_AT: Final = RECORD.size + 8
+_DIRENT: Final = record_packer(DirentRecord, padded=False)
 
 
 class Names(State):
@@ -122,7 +123,7 @@ class Names(State):
         """Give a file one more name.
 
         Raises:
-            Denied: it is a directory.
+            Invalid: it is a directory.
             TooManyLinks: it has 65,000 already.
             NotFound: it has no name left.  Others as :meth:`create`.
 
@@ -159,13 +160,7 @@ class Names(State):
         inode = self.lookup(parent, name)
         if inode.is_directory:
             raise IsADirectory(f"{name!r} is a directory")
-        now = time.time_ns()
-        with self.change() as tx:
-            tx.end(self._names[parent][name])
-            self._lose_name(tx, inode, now)
-            self._touch(tx, parent, now)
-        del self._names[parent][name]
-        self._end_if_unused(inode)
+        self._remove(parent, name, inode)
         return inode.ino
 
     def rmdir(self, parent: int, name: bytes) -> int:
@@ -183,14 +178,18 @@ class Names(State):
             raise NotADirectory(f"{name!r} is not a directory")
         if self._names.get(inode.ino):
             raise NotEmpty(f"{name!r} is not empty")
-        now = time.time_ns()
-        with self.change() as tx:
-            tx.end(self._names[parent][name])
-            self._lose_name(tx, inode, now)
-            self._touch(tx, parent, now, links=-1)
-        del self._names[parent][name]
-        self._end_if_unused(inode)
+        self._remove(parent, name, inode)
         return inode.ino
+
+    def _remove(self, parent: int, name: bytes, inode: Inode) -> None:
+        now = time.time_ns()
+        names = self._names[parent]
+        with self.change() as tx:
+            tx.end(names[name])
+            ended = self._lose_name(tx, inode, now)
+            self._touch(tx, parent, now, links=-inode.is_directory)
+        del names[name]
+        self._lost_name(inode, ended)
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
@@ -212,21 +211,23 @@ class Names(State):
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise Invalid(f"rename flags {flags:#x} are not supported")
+        if name in (b".", b".."):
+            raise Invalid(f"{name!r} can't be moved")
         moved = self.lookup(parent, name)
         target = self._names.get(self.directory(new_parent).ino, {}).get(new_name)
         replaced = self.get(self._target(target)) if target is not None else None
         if replaced is None:
             self._require_free(new_parent, new_name)
+        elif flags == RENAME_NOREPLACE:
+            raise Exists(f"{new_name!r} exists")
+        elif replaced.ino == moved.ino:
+            return
         if moved.is_directory:
             self._require_outside(moved, new_parent)
         if flags == RENAME_EXCHANGE:
             self._exchange((parent, name, moved), (new_parent, new_name, replaced))
             return
         if replaced is not None:
-            if flags == RENAME_NOREPLACE:
-                raise Exists(f"{new_name!r} exists")
-            if replaced.ino == moved.ino:
-                return
             self._require_replaceable(moved, replaced)
         self._move((parent, name, moved), (new_parent, new_name, replaced))
 
@@ -237,12 +238,13 @@ class Names(State):
         # a directory's ".." is a link to its parent
         lost = moved.is_directory
         gained = lost - (replaced is not None and replaced.is_directory)
+        ended = False
         with self.change() as tx:
             tx.end(self._names[parent][name])
             oid = self._put_name(tx, new_parent, new_name, moved)
             if replaced is not None:
                 tx.end(self._names[new_parent][new_name])
-                self._lose_name(tx, replaced, now)
+                ended = self._lose_name(tx, replaced, now)
             moved.ctime_ns = now
             self.put(tx, moved)
             if parent == new_parent:
@@ -255,7 +257,7 @@ class Names(State):
         if moved.is_directory:
             self._parents[moved.ino] = new_parent
         if replaced is not None:
-            self._end_if_unused(replaced)
+            self._lost_name(replaced, ended)
 
     def _exchange(
         self, one: tuple[int, bytes, Inode], other: tuple[int, bytes, Inode | None]
@@ -310,7 +312,7 @@ class Names(State):
         with self.change() as tx:
             inode = Inode(tx.new_oid(), mode, uid, gid, now, nlink=1 + directory, rdev=rdev)
             if directory or stat.S_ISREG(mode):
-                inode.align = home.align
+                inode.flags = home.flags & ALIGN_MASK
             inode.size = len(target)
             self.put(tx, inode)
             oid = self._put_name(tx, parent, name, inode)
@@ -327,14 +329,17 @@ class Names(State):
             self._names[parent][name] = oid
         except KeyError:
             self._names[parent] = {name: oid}
-        self._inodes[inode.ino] = inode
+        self.remember(inode)
         self.inode_count += 1
         return inode
 
     def _put_name(self, tx: Transaction, parent: int, name: bytes, inode: Inode) -> int:
         oid = tx.new_oid()
-        payload = DIRENT.pack(parent, inode.ino, len(name), inode.mode >> 12) + name
-        tx.put(oid, DirentRecord.TAG, payload)
+        size = len(name)
+        padding = -(_DIRENT.size + size) % 8
+        length = _DIRENT.size + size + padding
+        fields = (length, DirentRecord.TAG, oid, parent, inode.ino, size, inode.mode >> 12)
+        tx.put_record(oid, _DIRENT.pack(*fields) + name + bytes(padding))
         return oid
 
     def _touch(self, tx: Transaction, ino: int, now: int, *, links: int = 0) -> None:
@@ -343,13 +348,23 @@ class Names(State):
         directory.nlink += links
         self.put(tx, directory)
 
-    def _lose_name(self, tx: Transaction, inode: Inode, now: int) -> None:
+    def _lose_name(self, tx: Transaction, inode: Inode, now: int) -> bool:
+        """Take one name away; tell whether the inode, that nobody uses, ends with it."""
         inode.nlink = 0 if inode.is_directory else inode.nlink - 1
         inode.ctime_ns = now
-        self.put(tx, inode)
-
-    def _end_if_unused(self, inode: Inode) -> None:
         if inode.nlink == 0 and inode.ino not in self._uses:
+            oids = self._belongings(inode.ino)
+            if len(oids) < BATCH_PIECES:
+                self._end_objects(tx, oids)
+                tx.end(inode.ino)
+                return True
+        self.put(tx, inode)
+        return False
+
+    def _lost_name(self, inode: Inode, ended: bool) -> None:
+        if ended:
+            self._forget_inode(inode.ino)
+        elif inode.nlink == 0 and inode.ino not in self._uses:
             self.end_inode(inode.ino)
 
     def _require_free(self, parent: int, name: bytes) -> Inode:

@@ -5,12 +5,23 @@ it is first asked for.  When a change fails, what it touched is forgotten and de
 """
 
 import stat
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
-from vfsmap.errors import Busy, Invalid, IsADirectory, NotADirectory, NotAPool, NotFound, Sealed
+from vfsmap.errors import (
+    Busy,
+    Invalid,
+    IsADirectory,
+    NotADirectory,
+    NotAPool,
+    NotFound,
+    Sealed,
+    VfsmapError,
+)
 from vfsmap.fs.filemap import FileMap, Piece
 from vfsmap.fs.inode import ROOT, Inode
 from vfsmap.pool import Pool, Transaction
@@ -67,30 +78,27 @@ class Pin:
         self.writable = writable
 
 
-class Change:
+class Change(Transaction):
     """A transaction that, when it fails, makes the file system forget what it touched."""
 
-    __slots__ = ("_state", "_tx")
+    __slots__ = ("_state",)
 
     def __init__(self, state: "State") -> None:
+        super().__init__(state.pool.journal)
         self._state = state
-        self._tx = state.pool.transaction()
-
-    def __enter__(self) -> Transaction:
-        return self._tx
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         try:
             if exc is None:
-                self._tx.commit()
+                self.commit()
                 return
-            self._tx.abort()
+            self.abort()
         except BaseException:
-            self._state.forget_inodes()
+            self._state.undone()
             raise
-        self._state.forget_inodes()
+        self._state.undone()
 
 
 class State:
@@ -107,7 +115,8 @@ class State:
         self.pool = pool
         self._inodes: dict[int, Inode] = {}
         self._maps: dict[int, FileMap] = {}
-        self._extents: dict[int, tuple[int, ...]] = {}
+        self._extents: dict[int, int | list[int]] = {}
+        """The extents of files whose map was not asked for: one number, as is usual, or many."""
         self._trees: dict[int, tuple[int, ...]] = {}
         self._names: dict[int, dict[bytes, int]] = {}
         self._parents: dict[int, int] = {ROOT: ROOT}
@@ -150,7 +159,11 @@ class State:
                     self._orphans.append(oid)
             elif tag == ExtentRecord.TAG:
                 owner = int.from_bytes(rec[_PAYLOAD : _PAYLOAD + 8], "little")
-                extents[owner] = (*extents.get(owner, ()), oid)
+                others = extents.setdefault(owner, oid)
+                if isinstance(others, list):
+                    others.append(oid)
+                elif others != oid:
+                    extents[owner] = [others, oid]
             else:
                 self._index_other(oid, tag, rec)
 
@@ -183,9 +196,7 @@ class State:
             inode = Inode.decode(rec)
             if ino in self._maps or ino in self._extents:
                 inode.blocks = self.map_of(ino).allocated >> 9
-            if len(self._inodes) >= _MOST_CACHED:
-                self.forget_inodes()
-            self._inodes[ino] = inode
+            self.remember(inode)
         return inode
 
     def file(self, ino: int) -> Inode:
@@ -230,8 +241,26 @@ class State:
         return Change(self)
 
     def put(self, tx: Transaction, inode: Inode) -> None:
-        """Store an inode as part of a transaction."""
-        tx.put(inode.ino, InodeRecord.TAG, inode.encode())
+        """Store an inode as part of a transaction.
+
+        Raises:
+            Invalid: an attribute is too large for its field.
+        """
+        try:
+            tx.put_record(inode.ino, inode.record())
+        except struct.error as exc:
+            raise Invalid(f"an attribute of inode {inode.ino} is out of range: {exc}") from exc
+
+    def undone(self) -> None:
+        """Forget what a change that failed may have touched."""
+        self.forget_inodes()
+        self._clean_tails.clear()
+
+    def remember(self, inode: Inode) -> None:
+        """Keep an inode at hand."""
+        if len(self._inodes) >= _MOST_CACHED:
+            self.forget_inodes()
+        self._inodes[inode.ino] = inode
 
     def forget_inodes(self) -> None:
         """Drop what is decoded; it is decoded again from the pool's objects when asked for."""
@@ -239,7 +268,7 @@ class State:
         if len(self._maps) >= _MOST_CACHED:
             for ino, map_ in self._maps.items():
                 if map_.pieces:
-                    self._extents[ino] = tuple(piece.oid for piece in map_.pieces)
+                    self._extents[ino] = [piece.oid for piece in map_.pieces]
             self._maps.clear()
 
     def map_of(self, ino: int) -> FileMap:
@@ -247,11 +276,22 @@ class State:
         map_ = self._maps.get(ino)
         if map_ is None:
             objects = self.pool.objects
-            oids = self._extents.pop(ino, ())
-            fields = ((EXTENT.unpack_from(objects[oid], _PAYLOAD), oid) for oid in oids)
-            pieces = sorted(Piece(o, start, length, oid) for (_, o, start, length), oid in fields)
-            map_ = self._maps[ino] = FileMap(pieces)
+            pieces = []
+            for oid in self._extents_of(ino):
+                _, offset, start, length = EXTENT.unpack_from(objects[oid], _PAYLOAD)
+                pieces.append(Piece(offset, start, length, oid))
+            pieces.sort()
+            self._extents.pop(ino, None)
+            map_ = self._maps[ino] = FileMap(pieces, sum(piece.length for piece in pieces))
         return map_
+
+    def _extents_of(self, ino: int) -> Sequence[int]:
+        """Return the numbers of a file's extents, in no particular order."""
+        map_ = self._maps.get(ino)
+        if map_ is not None:
+            return [piece.oid for piece in map_.pieces]
+        oids = self._extents.get(ino, ())
+        return (oids,) if isinstance(oids, int) else oids
 
     def touch_atime(self, inode: Inode) -> None:
         """Note a read, as relatime does: when the last one is a day or a change old.
@@ -265,7 +305,8 @@ class State:
         if (
             atime <= inode.mtime_ns or atime <= inode.ctime_ns or now - atime >= _DAY_NS
         ) and self.pool.writable:
-            with self.change() as tx:
+            # what is read needs no room, and no medium that still takes stores
+            with suppress(VfsmapError), self.change() as tx:
                 inode.atime_ns = now
                 self.put(tx, inode)
 
@@ -349,26 +390,45 @@ class State:
 
         Crash: the inode is an orphan still, perhaps with fewer extents, and ends at the next open.
         """
-        objects = self.pool.objects
-        oids = [piece.oid for piece in self.map_of(ino).pieces]
-        oids += self._trees.get(ino, ())
-        oids += self._xattrs.get(ino, {}).values()
-        oids += (index[ino] for index in (self._symlinks, self._seals) if ino in index)
-        oids.append(ino)
+        oids = [*self._belongings(ino), ino]
         for at in range(0, len(oids), BATCH_PIECES):
             with self.change() as tx:
-                for oid in oids[at : at + BATCH_PIECES]:
-                    rec = objects.get(oid, b"")
-                    if not rec:
-                        continue
-                    if rec[4] in SPACE:
-                        tx.release(*EXTENT.unpack_from(rec, _PAYLOAD)[2:])
-                    tx.end(oid)
-        self._maps.pop(ino, None)
-        for index in (self._trees, self._xattrs, self._symlinks, self._seals):
+                self._end_objects(tx, oids[at : at + BATCH_PIECES])
+        self._forget_inode(ino)
+
+    def _belongings(self, ino: int) -> list[int]:
+        """Return the numbers of all objects that an inode owns."""
+        oids = list(self._extents_of(ino))
+        if ino in self._trees:
+            oids += self._trees[ino]
+        if ino in self._xattrs:
+            oids += self._xattrs[ino].values()
+        oids += (index[ino] for index in (self._symlinks, self._seals) if ino in index)
+        return oids
+
+    def _end_objects(self, tx: Transaction, oids: Iterable[int]) -> None:
+        """End objects as part of a transaction, and free their bytes."""
+        objects = self.pool.objects
+        for oid in oids:
+            rec = objects.get(oid)
+            if rec is not None:
+                if rec[4] in SPACE:
+                    tx.release(*EXTENT.unpack_from(rec, _PAYLOAD)[2:])
+                tx.end(oid)
+
+    def _forget_inode(self, ino: int) -> None:
+        """Forget an inode that was ended."""
+        for index in (
+            self._maps,
+            self._extents,
+            self._trees,
+            self._xattrs,
+            self._symlinks,
+            self._seals,
+            self._inodes,
+            self._names,
+            self._parents,
+        ):
             index.pop(ino, None)
         self._clean_tails.discard(ino)
-        self._inodes.pop(ino, None)
-        self._names.pop(ino, None)
-        self._parents.pop(ino, None)
         self.inode_count -= 1

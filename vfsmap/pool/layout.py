@@ -195,6 +195,13 @@ def packer(layout: type[Structure]) -> struct.Struct:
     return struct.Struct("<" + "".join(codes))
 
 
+def record_packer(layout: type[Structure], *, padded: bool = True) -> struct.Struct:
+    """Return the struct that packs a whole record: its header, fields and, if wanted, padding."""
+    fields = packer(RecordHeader).format + packer(layout).format[1:]
+    padding = -struct.calcsize(fields) % 8
+    return struct.Struct(f"{fields}{padding}x" if padded and padding else fields)
+
+
 BATCH: Final = packer(BatchHeader)
 RECORD: Final = packer(RecordHeader)
 EXTENT: Final = packer(ExtentRecord)
