@@ -148,6 +148,23 @@ def test_a_released_window_is_in_nobodys_way(
     served.run(lambda: fs.setattr(ino, size=0))  # at once, before any scan was due
 
 
+def test_a_lease_whose_holder_answers_for_it_ends_without_asking_the_kernel(
+    fs: FileSystem,
+    served: Daemon,
+    client: Client,
+    events: Listener,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ends, "scan", lambda pmem: pytest.fail("it was scanned"))
+    ino = served.run(make, fs, b"file", pattern(4 * MIB))
+    lease = map_it(client, path="/file")["lease"]
+    client.call("Release", lease=lease, alone=True)
+    served.run(lambda: fs.setattr(ino, size=0))
+    assert client.call("Leases")[0]["leases"] == []
+    events.next("granted")
+    assert events.next("ended")["lease"] == lease
+
+
 def test_who_keeps_a_mapping_does_not_have_us_scan_for_it_all_the_time(
     fs: FileSystem, served: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,8 +3,7 @@
 import errno
 import os
 import stat
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vfsmap.daemon.client import Client, clients, close_all, medium_of, mounter_of
 from vfsmap.errors import (
@@ -28,8 +27,7 @@ from vfsmap.pmem import Medium, detect
 from vfsmap.units import LEVELS, PTE, Extent, Level, align_down, align_up, format_size
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     """What :func:`map` was asked for."""
 
     path: str
@@ -159,6 +157,7 @@ def _granted(client: Client, wanted: _Request) -> Window:
         answer, descriptors = client.call("Map", (fd,), **parameters)
     finally:
         os.close(fd)
+    forks = clients.forks
     try:
         lease = answer["lease"]
         window = wanted.window(
@@ -167,13 +166,13 @@ def _granted(client: Client, wanted: _Request) -> Window:
             answer["length"],
             medium_of(answer["medium"]),
             direct=True,
-            on_close=lambda: client.release(lease),
+            on_close=lambda: client.release(lease, alone=clients.forks == forks),
             on_publish=lambda: _publish(client, lease),
         )
     except (LookupError, TypeError) as exc:
         raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
     except VfsmapError:
-        client.release(lease)
+        client.release(lease, alone=clients.forks == forks)
         raise
     finally:
         close_all(descriptors)

@@ -47,9 +47,15 @@ class AllocateCall(FileCall, kw_only=True):
 
 
 class LeaseCall(Nothing):
-    """Parameters of Release and Publish."""
+    """Parameters of Publish."""
 
     lease: int
+
+
+class ReleaseCall(LeaseCall):
+    """Parameters of Release."""
+
+    alone: bool | None = None
 
 
 class ViolationCall(LeaseCall, kw_only=True):

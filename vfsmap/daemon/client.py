@@ -59,7 +59,7 @@ class Client:
         self.distrust = ""
         """Why the daemon does not trust this process, once it has said so."""
         self._lock = threading.Lock()
-        self._releases: deque[int] = deque()
+        self._releases: deque[dict[str, Any]] = deque()
         self._framer = Framer(REPLY_MAX, KERNEL_DESCRIPTORS_MAX)
         self._socket = socket.socket(socket.AF_UNIX)
         try:
@@ -100,16 +100,19 @@ class Client:
             raise
         return result, received
 
-    def release(self, lease: int) -> None:
-        """Give a lease back, now or when the call that is under way has ended; never fails."""
-        self._releases.append(lease)
+    def release(self, lease: int, *, alone: bool = False) -> None:
+        """Give a lease back, now or when the call that is under way has ended; never fails.
+
+        ``alone`` tells that nobody else has come to map the bytes through this process.
+        """
+        self._releases.append({"lease": lease, "alone": alone})
         self._release_pending()
 
     def _release_pending(self) -> None:
         # whoever adds a lease while the lock is taken leaves it to its owner, who looks afterwards
         while self._releases and self._lock.acquire(blocking=False):
             try:
-                _, received = self._exchange("Release", (), {"lease": self._releases.popleft()})
+                _, received = self._exchange("Release", (), self._releases.popleft())
                 close_all(received)
             except (VfsmapError, IndexError):  # the daemon is gone, and its leases with it
                 self._releases.clear()
@@ -216,6 +219,8 @@ class Clients:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_device: dict[int, Client] = {}
+        self.forks = 0
+        """How often this process has forked: a child may have inherited what was mapped before."""
 
     def forget(self) -> None:
         """Start anew, in a forked child."""
@@ -249,13 +254,17 @@ _all_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 clients: Final = Clients()
 
 
+def _before_fork() -> None:
+    clients.forks += 1
+
+
 def _in_child() -> None:
     for client in list(_all_clients):
         client.forget_parent()
     clients.forget()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 def socket_of(path: str | Path) -> Path | None:

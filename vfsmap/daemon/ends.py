@@ -63,14 +63,21 @@ class Ends:
         self._unshown |= {lease.lease for lease in leases if lease.writable}
         self._orphan(leases)
 
-    async def release(self, lease: Lease) -> None:
-        """Take a lease from its holder, who has unmapped it."""
+    async def release(self, lease: Lease, *, alone: bool) -> None:
+        """Take a lease from its holder, who has unmapped it.
+
+        ``alone`` is the holder's word that nobody else has come to map the bytes through it: then
+        the lease ends at once, else when a scan says so.
+        """
         try:
             if lease.writable:
                 await show(self._fs, lease.inode)
         finally:
-            if not lease.orphaned:
+            if not lease.orphaned:  # while that took place it may have hung up
                 self._orphan([lease])
+                if alone:
+                    self._leases.end(lease)
+                    self._fs.unpin(lease.pin)
                 self._events.emit("ended", lease.holder, lease)
 
     def _orphan(self, leases: list[Lease]) -> None:

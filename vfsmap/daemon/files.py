@@ -12,8 +12,11 @@ _MOST_LINKS = 40  # as the kernel has it
 _UNCACHED = os.O_DIRECT | os.O_DSYNC
 
 
-def file_of_descriptor(fd: int, device: int, *, writing: bool) -> int:
+def file_of_descriptor(fd: int, device: int, *, writing: bool) -> tuple[int, bool]:
     """Return the inode number of a file that a client has opened on our own mount.
+
+    Also tells whether the descriptor may have dirty pages in the mount's cache: O_DIRECT alone does
+    not keep it from being mapped, together with O_DSYNC the mount makes it an uncached one.
 
     Asks the kernel only what it knows itself: the file's server is the loop that is asking.
 
@@ -34,16 +37,7 @@ def file_of_descriptor(fd: int, device: int, *, writing: bool) -> int:
         raise Denied("the file was not opened for reading and writing (O_RDWR)")
     if mode == os.O_WRONLY:
         raise Denied("the file was not opened for reading")
-    return status.ino
-
-
-def may_be_dirty(fd: int) -> bool:
-    """Tell whether a descriptor of our own mount may have dirty pages in the mount's cache.
-
-    O_DIRECT alone does not keep it from being mapped; with O_DSYNC, the mount makes it uncached.
-    """
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    return flags & os.O_ACCMODE != os.O_RDONLY and flags & _UNCACHED != _UNCACHED
+    return status.ino, mode != os.O_RDONLY and flags & _UNCACHED != _UNCACHED
 
 
 def file_of_path(fs: FileSystem, path: str) -> Inode:

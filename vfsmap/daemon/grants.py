@@ -8,9 +8,8 @@ import trio
 from vfsmap.daemon.files import require_uncached
 from vfsmap.errors import Invalid, MediumError, TooManyMappings, Unsupported
 from vfsmap.fs import FileSystem, Inode
-from vfsmap.mapping.layout import merge
 from vfsmap.mapping.lease import LEASES_MAX, Holder, Lease, LeaseTable
-from vfsmap.units import LEVELS, MIB, PMD, Extent, Level, align_down, align_up, format_size
+from vfsmap.units import LEVELS, MIB, PMD, PTE, Extent, Level, align_down, align_up, format_size
 
 EXTENTS_MAX = 65_000
 """Pieces that one lease has at most; vm.max_map_count is 65,530 unless somebody raised it."""
@@ -32,6 +31,8 @@ class Grants:
         self._sync = sync
         self._leases_max = leases_max
         self.leases = LeaseTable()
+        self._page_size = fs.pool.pmem.medium.page_size
+        self._usual_unit = max(PMD.size, fs.pool.level.size, self._page_size)
 
     async def grant(
         self,
@@ -54,55 +55,90 @@ class Grants:
 
         Crash: the range may be allocated; there is no lease.
         """
-        fs = self._fs
         self.leases.require_room(holder, self._leases_max)
         unit = self._unit(level)
-        fs.hold(ino)
-        try:
-            await self._write_back(ino, fd, writable=writable)
-            length = self._length(ino, offset, length)
-            if fs.pool.writable and not fs.file(ino).sealed:
-                while not fs.is_allocated(ino, offset, length, level=unit):
-                    await self.allocate(ino, offset, length, unit)
-            # from here on nothing waits, so what is checked is so when the range is pinned
-            self._length(ino, offset, length)
-            if fs.pool.writable:
-                fs.zero_tail(ino)
-            if writable:
-                fs.unsealed(ino)
-                require_uncached(fs, ino)
-            first, last = self._reach(fs.file(ino), offset, length, level)
-            extents = list(merge(fs.extents(ino, first, last - first)))
-            require_level(extents, offset, length, level)
-            if len(extents) > EXTENTS_MAX:
-                raise TooManyMappings(
-                    f"the file lies in {len(extents)} pieces there, and one process can map about "
-                    f"{EXTENTS_MAX}; copy it, so that it lies in fewer"
-                )
-            pin = fs.pin(ino, first, last - first, writable=writable)
-        finally:
-            fs.drop(ino)
-        lease = self.leases.grant(
-            ino, offset, length, writable=writable, holder=holder, extents=extents, pin=pin
-        )
-        if writable and fs.pool.grouped:
+        if not self._is_ready(ino, offset, length, unit):
+            self._fs.hold(ino)
+            try:
+                await self._prepare(ino, fd, offset, length, unit, writable=writable)
+            finally:
+                self._fs.drop(ino)
+        # nothing waits in here, so what is checked is so when the range is pinned
+        lease = self._grant_now(ino, holder, offset, length, level, writable=writable)
+        if writable and self._fs.pool.grouped:
             await self._sync()  # what is persisted in a window must be found again in the file
         return lease
 
-    def _length(self, ino: int, offset: int, length: int | None) -> int:
-        """Return the length of a range, which ends with the file unless a length is given.
+    def _is_ready(self, ino: int, offset: int, length: int | None, unit: Level | None) -> bool:
+        """Tell whether nothing has to be written back, allocated or moved."""
+        fs = self._fs
+        inode = fs.file(ino)
+        if fs.use(ino).cached_writers:
+            return False
+        end = inode.size if length is None else offset + length
+        return (
+            inode.sealed
+            or not fs.pool.writable
+            or end > inode.size
+            or fs.is_allocated(ino, offset, end - offset, level=unit)
+        )
 
-        Raises:
-            Invalid: the range is not inside the file.
-        """
-        size = self._fs.file(ino).size
-        length = max(size - offset, 0) if length is None else length
-        if offset + length > size:
-            raise Invalid(
-                f"the range {offset}+{length} is not inside the file, which has {size} bytes; "
-                f"grow it first"
+    async def _prepare(
+        self,
+        ino: int,
+        fd: int | None,
+        offset: int,
+        length: int | None,
+        unit: Level | None,
+        *,
+        writable: bool,
+    ) -> None:
+        """Bring dirty pages of the mount's cache into the pool; fill holes; move what has to."""
+        fs = self._fs
+        if writable:
+            require_uncached(fs, ino)
+        # without a cached writer there is no dirty page
+        if fd is not None and fs.use(ino).cached_writers:
+            try:
+                await trio.to_thread.run_sync(os.fsync, fd)
+            except OSError as exc:
+                raise MediumError(f"the mount can't write the file back: {exc.strerror}") from exc
+        while not fs.file(ino).sealed and fs.pool.writable:
+            size = _length(fs.file(ino), offset, length)
+            if fs.is_allocated(ino, offset, size, level=unit):
+                break
+            await self.allocate(ino, offset, size, unit)
+
+    def _grant_now(
+        self,
+        ino: int,
+        holder: Holder,
+        offset: int,
+        length: int | None,
+        level: int,
+        *,
+        writable: bool,
+    ) -> Lease:
+        fs = self._fs
+        inode = fs.file(ino)
+        length = _length(inode, offset, length)
+        if writable:
+            fs.unsealed(ino)
+            require_uncached(fs, ino)
+        if fs.pool.writable:
+            fs.zero_tail(ino)
+        first, last = self._reach(inode, offset, length, level)
+        extents = fs.extents(ino, first, last - first)
+        require_level(extents, offset, length, level)
+        if len(extents) > EXTENTS_MAX:
+            raise TooManyMappings(
+                f"the file lies in {len(extents)} pieces there, and one process can map about "
+                f"{EXTENTS_MAX}; copy it, so that it lies in fewer"
             )
-        return length
+        pin = fs.pin(ino, first, last - first, writable=writable)
+        return self.leases.grant(
+            ino, offset, length, writable=writable, holder=holder, extents=extents, pin=pin
+        )
 
     def _unit(self, level: int) -> Level | None:
         """Return the units that a range has to lie in, None for any place.
@@ -110,24 +146,13 @@ class Grants:
         Raises:
             Unsupported: no entry maps so many bytes.
         """
-        page_size = self._fs.pool.pmem.medium.page_size
-        wanted = max(level, page_size)
+        wanted = max(level, self._page_size)
+        if wanted <= PTE.size:
+            return None
         unit = next((one for one in LEVELS if one.size == wanted), None)
         if unit is None:
             raise Unsupported(f"no page-table entry maps {format_size(wanted)}")
-        return unit if wanted > LEVELS[0].size else None
-
-    async def _write_back(self, ino: int, fd: int | None, *, writable: bool) -> None:
-        """Bring what the mount's page cache holds of the file into the pool."""
-        if not self._fs.use(ino).cached_writers:
-            return  # then there can be no dirty page
-        if writable:
-            require_uncached(self._fs, ino)
-        if fd is not None:
-            try:
-                await trio.to_thread.run_sync(os.fsync, fd)
-            except OSError as exc:
-                raise MediumError(f"the mount can't write the file back: {exc.strerror}") from exc
+        return unit
 
     async def allocate(self, ino: int, offset: int, length: int, level: Level | None) -> Inode:
         """Allocate a range, growing the file if need be, a slice at a time.
@@ -150,11 +175,25 @@ class Grants:
 
     def _reach(self, inode: Inode, offset: int, length: int, level: int) -> tuple[int, int]:
         """Return the range in whole units, so that the file's end can be huge, too."""
-        pool = self._fs.pool
-        unit = pool.pmem.medium.page_size
-        if pool.writable:  # else there may be anything behind the file's end
-            unit = max(unit, PMD.size, pool.level.size, 1 << inode.align, level)
+        unit = self._page_size
+        if self._fs.pool.writable:  # else there may be anything behind the file's end
+            unit = max(self._usual_unit, 1 << inode.align, level)
         return align_down(offset, unit), align_up(offset + length, unit)
+
+
+def _length(inode: Inode, offset: int, length: int | None) -> int:
+    """Return the length of a range, which ends with the file unless a length is given.
+
+    Raises:
+        Invalid: the range is not inside the file.
+    """
+    length = max(inode.size - offset, 0) if length is None else length
+    if offset + length > inode.size:
+        raise Invalid(
+            f"the range {offset}+{length} is not inside the file, which has {inode.size} bytes; "
+            f"grow it first"
+        )
+    return length
 
 
 def require_level(extents: list[Extent], offset: int, length: int, level: int) -> None:

@@ -46,6 +46,7 @@ class Caller:
     def __init__(self, connection: Connection, descriptors: list[int]) -> None:
         self.connection = connection
         self._descriptors = descriptors
+        self._close_first: list[int] = []
 
     def descriptor(self, index: int) -> int:
         """Return a descriptor that came with the call; it is closed when the call has ended.
@@ -57,10 +58,18 @@ class Caller:
             raise VarlinkError("InvalidParameter", parameter="file")
         return self._descriptors[index]
 
-    async def close_descriptor(self, fd: int) -> None:
-        """Close a descriptor before the reply is sent; only one that we ourselves serve."""
-        self._descriptors.remove(fd)
-        await trio.to_thread.run_sync(os.close, fd)
+    def close_first(self, fd: int) -> None:
+        """Have a descriptor closed before the reply; only one that we ourselves serve.
+
+        Else the client would be refused, now and then, what its own descriptor is in the way of.
+        """
+        self._close_first.append(fd)
+
+    async def settle(self) -> None:
+        """Close what is to be closed before the reply."""
+        for fd in self._close_first:
+            self._descriptors.remove(fd)
+            await trio.to_thread.run_sync(os.close, fd)
 
 
 class Method(NamedTuple):
@@ -182,7 +191,11 @@ class Server:
                 return False
             method = self._method(call.method)
             parameters = decode_parameters(call.parameters, method.parameters)
-            answer = await method.handler(Caller(connection, message.descriptors), parameters)
+            caller = Caller(connection, message.descriptors)
+            try:
+                answer = await method.handler(caller, parameters)
+            finally:
+                await caller.settle()
             reply = Reply(answer.parameters)
         except (VfsmapError, VarlinkError) as exc:
             reply = error_reply(exc)

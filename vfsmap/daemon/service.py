@@ -2,8 +2,7 @@
 
 import grp
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +16,14 @@ from vfsmap.daemon.calls import (
     LeaseCall,
     MapCall,
     Nothing,
+    ReleaseCall,
     ViolationCall,
 )
 from vfsmap.daemon.closer import Closer
 from vfsmap.daemon.connection import DEFAULT_LIMITS, Connection, Limits
 from vfsmap.daemon.ends import Ends, invalidate, show
 from vfsmap.daemon.events import Events
-from vfsmap.daemon.files import create_file, file_of_descriptor, file_of_path, may_be_dirty
+from vfsmap.daemon.files import create_file, file_of_descriptor, file_of_path
 from vfsmap.daemon.grants import Grants
 from vfsmap.daemon.listening import listening
 from vfsmap.daemon.server import Answer, Caller, Method, Server
@@ -53,7 +53,7 @@ class Service:
         self.methods = {
             "GetInfo": Method(Nothing, self._get_info),
             "Map": Method(MapCall, self._map),
-            "Release": Method(LeaseCall, self._release),
+            "Release": Method(ReleaseCall, self._release),
             "Publish": Method(LeaseCall, self._publish),
             "Extents": Method(ExtentsCall, self._extents),
             "Allocate": Method(AllocateCall, self._allocate),
@@ -66,6 +66,13 @@ class Service:
         self._seal = seal
         self._device = mount_device
         self._group = _group_number(group)
+        medium = fs.pool.pmem.medium
+        self._medium = {
+            "name": medium.name,
+            "commit": medium.commit.value,
+            "page_size": medium.page_size,
+            "huge": medium.huge,
+        }
         self._owner = os.fstat(fs.pool.pmem.fd).st_uid
         self._grants = Grants(fs, sync, leases_max=limits.leases_max)
         self._events = Events(limits.events_max)
@@ -101,31 +108,18 @@ class Service:
             )
 
     def _file(self, caller: Caller, wanted: FileCall, *, writing: bool = False) -> int:
+        """Return the number of the file that a call names."""
         if self._device is None:
             if wanted.path is None or wanted.file is not None:
                 raise Invalid("this daemon has no mount: name the file by path, from the root on")
             return file_of_path(self._fs, wanted.path).ino
         if wanted.file is None or wanted.path is not None:
             raise Invalid("name the file by the index of its descriptor, in the parameter file")
-        return file_of_descriptor(caller.descriptor(wanted.file), self._device, writing=writing)
-
-    @asynccontextmanager
-    async def _named(
-        self, caller: Caller, wanted: FileCall, *, writing: bool = False
-    ) -> AsyncIterator[int]:
-        """Yield the number of the file that a call names.
-
-        A descriptor that counts as a cached writer is closed before the reply: else the caller
-        would be refused, now and then, what its own descriptor was in the way of.
-        """
-        ino = self._file(caller, wanted, writing=writing)
-        try:
-            yield ino
-        finally:
-            if wanted.file is not None:
-                fd = caller.descriptor(wanted.file)
-                if may_be_dirty(fd):
-                    await caller.close_descriptor(fd)
+        fd = caller.descriptor(wanted.file)
+        ino, dirty = file_of_descriptor(fd, self._device, writing=writing)
+        if dirty:
+            caller.close_first(fd)
+        return ino
 
     # methods
 
@@ -140,21 +134,12 @@ class Service:
                 "size": pool.size,
                 "free": pool.space.free_bytes,
                 "promise": pool.promise.value,
-                "medium": self._medium(),
+                "medium": self._medium,
                 "writable": pool.writable,
                 "mounted": self._device is not None,
                 "trusted": caller.connection.trusted,
             }
         )
-
-    def _medium(self) -> dict[str, object]:
-        medium = self._fs.pool.pmem.medium
-        return {
-            "name": medium.name,
-            "commit": medium.commit.value,
-            "page_size": medium.page_size,
-            "huge": medium.huge,
-        }
 
     async def _map(self, caller: Caller, wanted: MapCall) -> Answer:
         connection = caller.connection
@@ -172,7 +157,7 @@ class Service:
             "offset": lease.offset,
             "length": lease.length,
             "extents": _plain(lease.extents),
-            "medium": self._medium(),
+            "medium": self._medium,
             "sealed": self._fs.file(lease.inode).sealed,
         }
         return Answer(parameters, (self._writable if lease.writable else self._readable,))
@@ -182,21 +167,21 @@ class Service:
         writable = bool(wanted.writable)
         if writable:
             self._fs.pool.require_writable()
-        async with self._named(caller, wanted, writing=writable) as ino:
-            caller.connection.watch_process()
-            return await self._grants.grant(
-                ino,
-                caller.descriptor(wanted.file) if wanted.file is not None else None,
-                caller.connection.holder,
-                offset=wanted.offset or 0,
-                length=wanted.length,
-                writable=writable,
-                level=wanted.level or 0,
-            )
+        ino = self._file(caller, wanted, writing=writable)
+        caller.connection.watch_process()
+        return await self._grants.grant(
+            ino,
+            caller.descriptor(wanted.file) if wanted.file is not None else None,
+            caller.connection.holder,
+            offset=wanted.offset or 0,
+            length=wanted.length,
+            writable=writable,
+            level=wanted.level or 0,
+        )
 
-    async def _release(self, caller: Caller, wanted: LeaseCall) -> Answer:
+    async def _release(self, caller: Caller, wanted: ReleaseCall) -> Answer:
         lease = self._grants.leases.get(wanted.lease, caller.connection.holder)
-        await self._ends.release(lease)
+        await self._ends.release(lease, alone=bool(wanted.alone))
         return Answer({})
 
     async def _publish(self, caller: Caller, wanted: LeaseCall) -> Answer:
@@ -233,8 +218,8 @@ class Service:
             raise Invalid(f"level {wanted.level}: the bytes of a page-table level are expected")
         if wanted.create and wanted.path is not None and self._device is None:
             create_file(self._fs, wanted.path)
-        async with self._named(caller, wanted, writing=True) as ino:
-            inode = await self._grants.allocate(ino, wanted.offset or 0, wanted.length, level)
+        ino = self._file(caller, wanted, writing=True)
+        inode = await self._grants.allocate(ino, wanted.offset or 0, wanted.length, level)
         if self._fs.pool.grouped:
             await self._sync()
         await invalidate(self._fs, ino)  # the kernel has cached the old size
@@ -242,11 +227,11 @@ class Service:
 
     async def _seal_file(self, caller: Caller, wanted: FileCall) -> Answer:
         self._require_trusted(caller.connection)
-        async with self._named(caller, wanted) as ino:
-            owner = self._fs.file(ino).uid
-            if caller.connection.holder.uid not in (0, owner):
-                raise Denied(f"only root and the file's owner, user {owner}, may seal it")
-            digest = await self._seal(ino)
+        ino = self._file(caller, wanted)
+        owner = self._fs.file(ino).uid
+        if caller.connection.holder.uid not in (0, owner):
+            raise Denied(f"only root and the file's owner, user {owner}, may seal it")
+        digest = await self._seal(ino)
         await invalidate(self._fs, ino)
         return Answer({"digest": str(digest)})
 
@@ -292,7 +277,7 @@ class Service:
 
 
 def _plain(extents: Iterable[Extent]) -> list[dict[str, int]]:
-    return [extent._asdict() for extent in extents]
+    return [{"offset": e.offset, "start": e.start, "length": e.length} for e in extents]
 
 
 def _group_number(group: str | None) -> int | None:
