@@ -154,6 +154,28 @@ def test_write_whose_writer_died_is_made_good_by_reseal() -> None:
         assert (log.data[-151:], log.corrected, log.bad) == (b"a" + b"b" * 150, 0, 0)
 
 
+def test_reseal_computes_parity_afresh_even_after_a_survey() -> None:
+    buffer, zone = make_zone(16)
+    zone.write(b"a" * 100)
+    zone.survey()
+    buffer[12:60] = b"t" * 48  # stored by somebody who died before the parity
+    zone.reseal(0, 48)
+    assert reopen(buffer, 16).attach() == (b"t" * 48 + b"a" * 52, 0, 0)
+
+
+def test_after_a_survey_parity_is_still_that_of_the_data() -> None:
+    buffer, zone = make_zone(16)
+    other_buffer, other = make_zone(16)
+    buffer[12 + 700] ^= 1  # a block whose parity is wrong, as the survey will find
+    other_buffer[12 + 700] ^= 1
+    zone.survey()
+    for n in range(400):
+        line = b"line %d %s\n" % (n, b"x" * (n * 7 % 150))
+        zone.write(line)
+        other.write(line)
+        assert buffer == other_buffer
+
+
 def test_spoilt_start_does_not_stop_the_writer() -> None:
     buffer, zone = make_zone()
     zone.write(b"old")

@@ -159,12 +159,13 @@ class Margin:
         return max(filter(None, slots), key=lambda found: found[0].serial, default=None)
 
     def write_ledger(self, ledger: Ledger, mark: Mark) -> None:
-        """Store a ledger over the older slot.
+        """Store a ledger over the older slot, if there is room for it.
 
         Crash: the newer slot is whole, so this margin holds what it held before.
         """
-        at = self._base + ledger.serial % 2 * _SLOT
-        self._zone.poke(at, ledger.pack(mark))
+        if self.usable:
+            at = self._base + ledger.serial % 2 * _SLOT
+            self._zone.poke(at, ledger.pack(mark))
 
     def read_sessions(self) -> Iterator[tuple[int, Session | None]]:
         """Yield each slot's number and session."""

@@ -48,21 +48,11 @@ class Recorder:
             self.region = Region.open(target, geometry, writable=True)
         else:
             self.region = Region.over(target, geometry)
-        companion = self.region.companion
-        if companion is None:
+        try:
+            self._start(compression, watch=watch)
+        except BaseException:
             self.region.close()
-            raise Invalid("a recorder needs a buffer that can be written")
-        self._compression: Compression = compression
-        self._companion = companion
-        self._mutex = companion.mutex.handle
-        self._writing = False  # true only in the thread that holds the mutex
-        self._late: deque[tuple[Zone, bytes]] = deque()
-        with self.region.locked():
-            self._console = self._attach("console")
-            self._pmsg = self._attach("pmsg")
-        wanted = watch and self.region.zone("dmesg") and not self.region.entered
-        self._watch = CrashWatch(self.region, compression) if wanted else None
-        self._noted = bool(self.region.geometry.ecc)
+            raise
 
     def console(self, text: Text) -> None:
         """Append ``text`` to the console zone, as it is: end a line with a newline.
@@ -128,6 +118,22 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _start(self, compression: Compression, *, watch: bool) -> None:
+        companion = self.region.companion
+        if companion is None:
+            raise Invalid("a recorder needs a buffer that can be written")
+        self._compression: Compression = compression
+        self._companion = companion
+        self._mutex = companion.mutex.handle
+        self._writing = False  # true only in the thread that holds the mutex
+        self._late: deque[tuple[Zone, bytes]] = deque()
+        with self.region.locked():
+            self._console = self._attach("console")
+            self._pmsg = self._attach("pmsg")
+        wanted = watch and self.region.zone("dmesg") and not self.region.entered
+        self._watch = CrashWatch(self.region, compression) if wanted else None
+        self._noted = bool(self.region.geometry.ecc)
 
     def _append(self, zone: Zone, text: Text) -> None:
         # The hot path: a call costs a line more than the stores do.

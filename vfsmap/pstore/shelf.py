@@ -148,9 +148,7 @@ class Shelf:
 
     def _store(self, ledger: Ledger, marks: dict[int, Mark] | None = None) -> None:
         for number, margin in enumerate(self.margins):
-            if margin.usable:
-                mark = (marks or {}).get(number, self._mark(number))
-                margin.write_ledger(ledger, mark)
+            margin.write_ledger(ledger, (marks or {}).get(number, self._mark(number)))
 
     def _mark(self, number: int) -> Mark:
         found = self.margins[number].read_ledger()

@@ -1,0 +1,156 @@
+"""How many lines of 100 bytes a second: the recorder beside what else keeps a program's last words.
+
+A :class:`Recorder` on a file, without and with ECC, and through :mod:`logging`; beside
+``logging.FileHandler``, which flushes each line, beside write(2) with fdatasync(2) in the same
+directory, and beside libpmemlog, which is given what it likes best: shared memory that it may take
+for persistent.  Run it as ``python -m vfsmap_tools.bench.pstore``, in a directory on a disk.
+"""
+
+import ctypes
+import itertools
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import click
+
+from vfsmap.pstore import Geometry, Recorder, RecorderHandler, format_region
+from vfsmap.units import MIB
+
+LINE: Final = b"x" * 99 + b"\n"
+LEAST: Final = {"FileHandler": 3.0, "write, fdatasync": 50.0, "libpmemlog": 0.3}
+"""How many times as many lines as each of these the recorder has to store."""
+ECC_LIMIT: Final = 40.0
+"""How many times slower it may be with ECC 16."""
+
+_MEMORY: Final = Path("/dev/shm")
+_LINES: Final = {"write, fdatasync": 40, "Recorder, ECC 16": 1000}
+Append = Callable[[], object]
+
+
+@contextmanager
+def _recorder(directory: Path, ecc: int) -> Iterator[Recorder]:
+    path = directory / f"region-{ecc}"
+    format_region(path, Geometry(MIB, ecc=ecc))
+    with Recorder(path, watch=False) as recorder:
+        yield recorder
+
+
+@contextmanager
+def _handler(handler: logging.Handler, formatted: str) -> Iterator[Append]:
+    handler.setFormatter(logging.Formatter(formatted))
+    logger = logging.Logger("bench")
+    logger.addHandler(handler)
+    text = LINE[:-1].decode()
+    try:
+        yield lambda: logger.info(text)
+    finally:
+        handler.close()
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[Append]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def append() -> None:
+        os.write(fd, LINE)
+        os.fdatasync(fd)
+
+    try:
+        yield append
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _pmemlog(path: Path) -> Iterator[Append]:
+    os.environ["PMEM_IS_PMEM_FORCE"] = "1"  # else it calls msync for each line
+    library = ctypes.CDLL("libpmemlog.so.1")
+    library.pmemlog_create.restype = ctypes.c_void_p
+    library.pmemlog_create.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+    library.pmemlog_append.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)
+    library.pmemlog_close.argtypes = (ctypes.c_void_p,)
+    library.pmemlog_rewind.argtypes = (ctypes.c_void_p,)
+    log = library.pmemlog_create(os.fsencode(path), 256 * MIB, 0o600)
+    if not log:
+        sys.exit(f"libpmemlog can't make {path}")
+    try:
+        yield lambda: library.pmemlog_append(log, LINE, len(LINE))
+    finally:
+        library.pmemlog_close(log)
+
+
+def _rate(append: Append, count: int) -> float:
+    began = time.perf_counter()
+    for _ in itertools.repeat(None, count):
+        append()
+    return count / (time.perf_counter() - began)
+
+
+def run(quick: bool, directory: Path | None = None) -> dict[str, Any]:
+    """Return lines a second, medians of alternating rounds, and the ratios that were promised."""
+    rounds, lines = (7, 5000) if quick else (21, 10000)
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
+        memory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY)))
+        plain, coded, logged = (
+            stack.enter_context(_recorder(home, ecc))
+            for home, ecc in ((place, 0), (place, 16), (memory, 0))
+        )
+        message = "%(message)s"
+        peers: dict[str, Append] = {
+            "Recorder": lambda console=plain.console: console(LINE),  # type: ignore[misc]
+            "Recorder, ECC 16": lambda console=coded.console: console(LINE),  # type: ignore[misc]
+            "RecorderHandler": stack.enter_context(_handler(RecorderHandler(logged), message)),
+            "FileHandler": stack.enter_context(
+                _handler(logging.FileHandler(place / "file.log"), message)
+            ),
+            "write, fdatasync": stack.enter_context(_synced(place / "synced.log")),
+            "libpmemlog": stack.enter_context(_pmemlog(memory / "pmemlog")),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in peers}
+        for number in range(rounds):
+            turn = list(peers.items())
+            for name, append in turn[number % len(turn) :] + turn[: number % len(turn)]:
+                rates[name].append(_rate(append, _LINES.get(name, lines)))
+    medians = {name: median(values) for name, values in rates.items()}
+    ours = medians["Recorder"]
+    return {
+        "lines a second": {name: round(value) for name, value in medians.items()},
+        "times as many as": {name: round(ours / medians[name], 2) for name in LEAST},
+        "times slower with ECC 16": round(ours / medians["Recorder, ECC 16"], 1),
+    }
+
+
+def met(found: dict[str, Any]) -> bool:
+    """Tell whether every promise is kept."""
+    ratios = found["times as many as"]
+    enough = all(ratios[name] >= least for name, least in LEAST.items())
+    return enough and found["times slower with ECC 16"] <= ECC_LIMIT
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Fewer rounds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--directory", type=click.Path(path_type=Path), help="Where the files are made.")
+def main(quick: bool, as_json: bool, directory: Path | None) -> None:
+    """Measure recording a line."""
+    found = run(quick, directory)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            print(f"{name}: {value}")
+    sys.exit(not met(found))
+
+
+if __name__ == "__main__":
+    main()
