@@ -230,6 +230,9 @@ class Guards:
                 raise Invalid(f"{guard.name} and {other.name} share addresses")
         self._guards.append(guard)
 
+    def __iter__(self) -> Iterator[TextGuard]:
+        return iter(self._guards)
+
     def find(self, address: int) -> TextGuard:
         """Return the guard of an address.
 

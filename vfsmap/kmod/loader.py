@@ -6,6 +6,7 @@ is bound anew in memory, and each site that differs is poked through the guard.
 
 import ctypes
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,16 +46,25 @@ class Loaded:
     """An image that has been loaded."""
 
     def __init__(
-        self, variant: Variant, subject: Subject, guard: TextGuard, data: dict[Area, Any]
+        self,
+        variant: Variant,
+        subject: Callable[[], Subject],
+        guard: TextGuard,
+        data: dict[Area, Any],
     ) -> None:
         self.variant = variant
-        self.subject = subject
+        self._subject = subject
         self.guard = guard
         self.data = data
         self.bound_here = True
         self.differing = 0
         self.in_place = 0
         self.copied = sum(len(part) for part in data.values())
+
+    @cached_property
+    def subject(self) -> Subject:
+        """What the image was before it was patched: read only when somebody asks for it."""
+        return self._subject()
 
     @property
     def text(self) -> bytes:
@@ -105,7 +115,8 @@ class Loader:
             return self.images[variant.name]
         guard = self._text(variant)
         if variant.host == self._digest:
-            loaded = Loaded(variant, self.store.subject(variant), guard, self._stored_data(variant))
+            subject = partial(self.store.subject, variant)
+            loaded = Loaded(variant, subject, guard, self._stored_data(variant))
             loaded.in_place = self._map_rodata(variant)
         else:
             loaded = self._adapt(variant, guard)
@@ -243,7 +254,7 @@ class Loader:
         shift = bound.start - variant.text.start
         guard.apply([poke._replace(address=poke.address - shift) for poke in pokes])
         data = {area: self._own(*part) for area, part in bound.data.items()}
-        loaded = Loaded(variant, subject, guard, data)
+        loaded = Loaded(variant, lambda: subject, guard, data)
         loaded.bound_here = False
         loaded.differing = len(pokes)
         return loaded

@@ -6,6 +6,8 @@ guest tells over a second serial port where it put everything.
 
 import contextlib
 import lzma
+import mmap
+import os
 import shutil
 import struct
 import subprocess
@@ -102,7 +104,7 @@ def booted(
         _write_initramfs(directory / "initramfs", key, names)
         serial, ram = directory / "told", directory / "ram"
         ram.touch()
-        ram.open("r+b").truncate(memory)
+        os.truncate(ram, memory)
         command = [
             *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", cpu),
             *("-machine", "q35,memory-backend=ram", "-m", str(memory >> 20), "-smp", str(cpus)),
@@ -123,8 +125,6 @@ def booted(
                 address, _, name = line.split()[:3]
                 symbols.setdefault(name, int(address, 16))
         with ram.open("rb") as stream:
-            import mmap
-
             content = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
             levels = 5 if "la57" in " ".join(told["cpuinfo"]).split() else 4
             top = symbols["init_top_pgt"] - _KERNEL_MAP
