@@ -88,13 +88,18 @@ class Digest:
 
     def write(self, pieces: Iterable[Piece]) -> None:
         """Change the memory; the value follows."""
+        pieces = list(pieces)
+        pages = {
+            page
+            for offset, data in pieces
+            for page in range(offset // PAGE, (offset + len(data) - 1) // PAGE + 1)
+        }
+        for page in pages:
+            self.value ^= self._of(page)
         for offset, data in pieces:
-            pages = range(offset // PAGE, (offset + len(data) - 1) // PAGE + 1)
-            for page in pages:
-                self.value ^= self._of(page)
             self.memory.write(offset, data)
-            for page in pages:
-                self.value ^= self._of(page)
+        for page in pages:
+            self.value ^= self._of(page)
 
     def _of(self, page: int) -> int:
         # a checksum would not do: it is blind to what carries one of the same kind
