@@ -136,6 +136,8 @@ class Server:
 
     def give_up_everything(self) -> None:
         """Keep nothing but memory and the two pipes."""
+        for loaded in self._loader.images.values():
+            _ = loaded.subject  # it is read from the store, and no file can be opened from now on
         _give_up_everything()
         self._alone = True
 
