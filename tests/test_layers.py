@@ -19,7 +19,7 @@ LAYERS = (
     ("vfsmap.fs",),
     ("vfsmap.pool",),
     ("vfsmap.pgtable", "vfsmap.pmem", "vfsmap.alloc"),
-    ("vfsmap.units",),
+    ("vfsmap.units", "vfsmap.tally"),
     ("vfsmap.errors",),
 )
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}

@@ -1,9 +1,10 @@
 """The one place where an error becomes an errno for the kernel.
 
 A handler is written as a plain method of something that has a ``fs``; the decorators here make it
-what pyfuse3 calls.  A VfsmapError is answered with its errno.  Anything else is a bug of ours: it
-is logged with its traceback and answered with EIO, and the pool turns read-only, since nobody knows
-what the bug has left behind; the mount lives on.
+what pyfuse3 calls.  Each request is counted under its handler's name.  A VfsmapError is answered
+with its errno.  Anything else is a bug of ours: it is logged with its traceback and answered with
+EIO, and the pool turns read-only, since nobody knows what the bug has left behind; the mount lives
+on.
 """
 
 import logging
@@ -15,6 +16,7 @@ from pyfuse3 import FUSEError
 
 from vfsmap.errors import MediumError, ReadOnly, VfsmapError
 from vfsmap.fs import FileSystem
+from vfsmap.tally import Tallies, clock
 
 log = logging.getLogger("vfsmap.fuse")
 
@@ -23,6 +25,7 @@ class HasFs(Protocol):
     """What a handler belongs to."""
 
     fs: FileSystem
+    tallies: Tallies
 
 
 S = TypeVar("S", bound=HasFs)
@@ -34,13 +37,18 @@ def answered(
     handler: Callable[[S, *Ts], R],
 ) -> Callable[[S, *Ts], Coroutine[Any, Any, R]]:
     """Make a method that never waits a request handler."""
+    name = handler.__name__
 
     @wraps(handler)
     async def answer(self: S, *args: *Ts) -> R:
+        began = clock()
         try:
             return handler(self, *args)
         except Exception as exc:
-            raise _answer(self.fs, handler.__name__, exc) from exc
+            self.tallies[name].errors += 1
+            raise _answer(self.fs, name, exc) from exc
+        finally:
+            self.tallies[name].note(clock() - began)
 
     return answer
 
@@ -49,13 +57,18 @@ def answered_later(
     handler: Callable[[S, *Ts], Awaitable[R]],
 ) -> Callable[[S, *Ts], Coroutine[Any, Any, R]]:
     """Make a method that may wait a request handler."""
+    name = handler.__name__
 
     @wraps(handler)
     async def answer(self: S, *args: *Ts) -> R:
+        began = clock()
         try:
             return await handler(self, *args)
         except Exception as exc:
-            raise _answer(self.fs, handler.__name__, exc) from exc
+            self.tallies[name].errors += 1
+            raise _answer(self.fs, name, exc) from exc
+        finally:
+            self.tallies[name].note(clock() - began)
 
     return answer
 

@@ -16,6 +16,7 @@ import trio
 from vfsmap.errors import Busy, Denied, Invalid, NotADirectory, NotFound, Unsupported
 from vfsmap.fs import FileSystem
 from vfsmap.pmem.libc import syncfs
+from vfsmap.tally import Tallies
 from vfsmap.units import KIB, MIB
 from vfsmap_fuse.operations import Operations, Sync
 from vfsmap_fuse.poll import busy_polling
@@ -152,6 +153,7 @@ async def mounted(
     sync: Sync,
     seal: Seal,
     socket: Path | None = None,
+    tallies: Tallies | None = None,
 ) -> AsyncIterator[Mount]:
     """Mount a file system for as long as the block lasts; it answers when the block begins.
 
@@ -162,6 +164,7 @@ async def mounted(
         sync: makes everything done so far durable, without keeping the loop waiting.
         seal: seals a file, without keeping the loop waiting.
         socket: where the mapping daemon listens, for those who ask a file of the mount.
+        tallies: where requests are counted, for those who want to know.
 
     Raises:
         Unsupported: there is no FUSE here, or no fusermount3.
@@ -170,7 +173,9 @@ async def mounted(
         Busy: a mount was left behind there; or the mount failed, or did not answer.
     """
     fs.noatime = "noatime" in options.kernel
-    operations = Operations(fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback)
+    operations = Operations(
+        fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback, tallies=tallies
+    )
     _require_mountable(mountpoint, options)
     try:
         pyfuse3.init(operations, str(mountpoint), options.words(fs.pool.path.absolute()))

@@ -26,6 +26,7 @@ from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields, St
 from vfsmap.errors import NoSpace, NotFound, Sealed, VfsmapError
 from vfsmap.fs import RENAME_EXCHANGE, FileSystem, Inode
 from vfsmap.fs.data import without_suid
+from vfsmap.tally import Tallies
 from vfsmap_fuse.attributes import changes_of, entry_of, is_privileged, no_entry, statvfs_of
 from vfsmap_fuse.edge import answered, answered_later
 from vfsmap_fuse.xattr import Seal, VirtualXattrs, require_namespace
@@ -69,8 +70,11 @@ class Operations(pyfuse3.Operations):
         seal: Seal,
         socket: Path | None = None,
         writeback: bool = False,
+        tallies: Tallies | None = None,
     ) -> None:
         self.fs = fs
+        self.tallies = Tallies() if tallies is None else tallies
+        self._reads, self._writes = self.tallies["read"], self.tallies["write"]
         self.enable_writeback_cache = writeback
         self._sync = sync
         self._virtual = VirtualXattrs(fs, seal, socket)
@@ -312,7 +316,9 @@ class Operations(pyfuse3.Operations):
         self, fh: int, off: int, size: int
     ) -> bytes | memoryview:
         """Return bytes of a file: where that is possible a view of the pool, copied by nobody."""
-        return self.fs.read(self._files[fh].ino, off, size)
+        data = self.fs.read(self._files[fh].ino, off, size)
+        self._reads.moved += len(data)
+        return data
 
     @answered_later
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -327,6 +333,7 @@ class Operations(pyfuse3.Operations):
 
     def _write(self, fh: int, off: int, buf: bytes) -> int:
         """Store bytes; set-user-ID goes when the file was not opened by root."""
+        self._writes.moved += len(buf)
         handle = self._files[fh]
         if handle.by_root or not is_privileged(self.fs.get(handle.ino)):
             return self.fs.write(handle.ino, off, buf)

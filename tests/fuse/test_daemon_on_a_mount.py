@@ -422,3 +422,19 @@ def test_a_good_client_is_served_while_three_hostile_ones_do_their_worst(
                 assert window.view()[:8] == (turn * 512).to_bytes(8, "little")
     with Client(address) as client:
         assert client.call("GetInfo")[0]["mounted"]
+
+
+def test_stats_count_what_the_kernel_asked_for(server: Server, path: Path) -> None:
+    def requests() -> dict[str, dict[str, Any]]:
+        with connect(server.directory) as client:
+            return {each["name"]: each for each in client.call("Stats")[0]["requests"]}
+
+    before = requests()
+    with path.open("r+b", buffering=0) as file:
+        for _ in range(10):
+            file.write(bytes(4 * KIB))
+    after = requests()
+    assert after["open"]["count"] - before["open"]["count"] >= 1
+    assert after["write"]["count"] - before["write"]["count"] == 10
+    assert after["write"]["bytes"] - before["write"]["bytes"] == 40 * KIB
+    assert after["write"]["time_ns"] > before["write"]["time_ns"]

@@ -83,6 +83,7 @@ def call_as_stranger(path: Path) -> list[str]:
             ("Allocate", {"path": "/file", "length": 4096}),
             ("Seal", {"path": "/file"}),
             ("Leases", {}),
+            ("Stats", {}),
         ):
             with pytest.raises(Untrusted, match="user 65534 is not trusted"):
                 client.call(method, **parameters)
@@ -102,7 +103,7 @@ def test_who_is_not_trusted_may_ask_for_the_info_and_no_more(
     with served.client() as client:
         map_it(client, path="/file")
         open_the_way(tmp_path)
-        assert len(as_user(NOBODY, call_as_stranger, served.socket)) == 5
+        assert len(as_user(NOBODY, call_as_stranger, served.socket)) == 6
 
 
 def open_the_way(path: Path) -> None:

@@ -399,3 +399,31 @@ def test_the_info_says_what_is_served(fs: FileSystem, served: Daemon, client: Cl
 def test_parameters_of_the_wrong_type_are_named(client: Client, wanted: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match=r"InvalidParameter.*(lease|more)"):
         client.call("Release", **wanted)
+
+
+def test_stats_tell_of_calls_events_leases_and_coverage(
+    served: Daemon, client: Client, fs: FileSystem
+) -> None:
+    served.run(make, fs, b"large", bytes(4 * MIB))
+    before, _ = client.call("Stats")
+    assert "coverage" not in before
+    map_it(client, path="/large")
+    map_it(client, path="/large", writable=True)
+    with pytest.raises(NotFound):
+        map_it(client, path="/missing")
+    after, _ = client.call("Stats", coverage=True)
+    calls = {each["name"]: each for each in after["calls"]}
+    assert (calls["Map"]["count"], calls["Map"]["errors"]) == (3, 1)
+    assert sum(calls["Map"]["latency"]) == 3
+    assert calls["Stats"]["count"] == 1  # this one has not ended
+    assert (after["leases"], after["writable_leases"]) == (2, 1)
+    assert (after["events"]["granted"], after["events"]["refused"]) == (2, 1)
+    assert after["coverage"]["large"] == after["coverage"]["huge"] == 4 * MIB
+    assert after["time_ns"] > before["time_ns"] > before["started_ns"]
+    assert client.call("Stats")[0]["coverage"] == after["coverage"]
+
+
+def test_calls_of_methods_that_do_not_exist_are_not_counted(client: Client) -> None:
+    with pytest.raises(ProtocolError):
+        client.call("Missing")
+    assert "Missing" not in {each["name"] for each in client.call("Stats")[0]["calls"]}

@@ -9,6 +9,7 @@ import pytest
 
 from vfsmap.errors import MediumError, NoSpace, NotFound, ReadOnly, VfsmapError
 from vfsmap.fs import FileSystem
+from vfsmap.tally import Tallies
 from vfsmap_fuse.edge import answered, answered_later
 
 
@@ -29,6 +30,7 @@ class Handlers:
         self._failure = failure
         self.pool = Pool()
         self.fs = cast("FileSystem", self)
+        self.tallies = Tallies()
 
     @answered
     def now(self, number: int) -> int:
@@ -83,3 +85,16 @@ async def test_a_bug_is_logged_answered_with_eio_and_turns_the_pool_read_only(
     (record,) = caplog.records
     assert record.exc_info is not None
     assert f"{handler} failed on a bug of vfsmap" in record.getMessage()
+
+
+@pytest.mark.parametrize("handler", ["now", "later"])
+async def test_each_request_is_counted_under_its_name_and_failures_as_errors(handler: str) -> None:
+    good, bad = Handlers(None), Handlers(NotFound("x"))
+    for _ in range(3):
+        await getattr(good, handler)(41)
+    with pytest.raises(pyfuse3.FUSEError):
+        await getattr(bad, handler)(41)
+    assert list(good.tallies) == list(bad.tallies) == [handler]
+    assert (good.tallies[handler].count, good.tallies[handler].errors) == (3, 0)
+    assert (bad.tallies[handler].count, bad.tallies[handler].errors) == (1, 1)
+    assert good.tallies[handler].time_ns > 0

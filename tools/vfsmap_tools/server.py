@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from vfsmap.daemon.service import serve_mapping
+from vfsmap.daemon.stats import Statistics
 from vfsmap.errors import Invalid
 from vfsmap.fs import FileSystem
 from vfsmap.pmem.procmaps import mapped_ranges
@@ -100,6 +101,7 @@ async def _serve(
         nursery.start_soon(_trim, fs)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
         seal = partial(seal_file, fs, committer.sync)
+        statistics = Statistics(fs)
         serve = partial(
             serve_mapping,
             fs,
@@ -107,13 +109,20 @@ async def _serve(
             group=options.group,
             sync=committer.sync,
             seal=seal,
+            statistics=statistics,
         )
         if mountpoint is None:
             await nursery.start(serve)
             ready()
             await trio.sleep_forever()
         async with mounted(
-            fs, mountpoint, mount_options, socket=socket, sync=committer.sync, seal=seal
+            fs,
+            mountpoint,
+            mount_options,
+            socket=socket,
+            sync=committer.sync,
+            seal=seal,
+            tallies=statistics.requests,
         ) as mount:
             await nursery.start(partial(serve, mount_device=mount.device))
             ready()

@@ -70,3 +70,9 @@ class InterfaceCall(Nothing):
     """Parameters of org.varlink.service.GetInterfaceDescription."""
 
     interface: Text
+
+
+class StatsCall(Nothing):
+    """Parameters of Stats."""
+
+    coverage: bool | None = None

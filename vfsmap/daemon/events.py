@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import trio
@@ -65,9 +65,12 @@ class Events:
     def __init__(self, events_max: int) -> None:
         self._events_max = events_max
         self._listeners: set[_Listener] = set()
+        self.counts: dict[str, int] = dict.fromkeys(get_args(Kind), 0)
+        """How many events of each kind there have been, heard by somebody or not."""
 
     def emit(self, kind: Kind, who: Holder, lease: Lease | None = None, **about: Any) -> None:
         """Tell of something that has happened now; ``who`` did it, ``about`` are fields."""
+        self.counts[kind] += 1
         if not self._listeners:
             return
         event = Event(time.time_ns(), kind, who.pid, who.uid)

@@ -27,10 +27,12 @@ from vfsmap.daemon.varlink import (
     error_reply,
 )
 from vfsmap.errors import ProtocolError, VfsmapError
+from vfsmap.tally import Tallies, clock
 
 log = logging.getLogger("vfsmap.daemon")
 
 _ACCEPT_PAUSE: Final = 0.1
+_OWN: Final = f"{INTERFACE}."
 
 
 class Answer(NamedTuple):
@@ -81,6 +83,10 @@ class Method(NamedTuple):
 
 class Handlers(Protocol):
     """What the door needs of the service behind it."""
+
+    @property
+    def calls(self) -> Tallies:
+        """Where calls are counted, by method."""
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -192,9 +198,15 @@ class Server:
             method = self._method(call.method)
             parameters = decode_parameters(call.parameters, method.parameters)
             caller = Caller(connection, message.descriptors)
+            tally = self._handlers.calls[call.method.removeprefix(_OWN)]
+            began = clock()
             try:
                 answer = await method.handler(caller, parameters)
+            except BaseException:
+                tally.errors += 1
+                raise
             finally:
+                tally.note(clock() - began)
                 await caller.settle()
             reply = Reply(answer.parameters)
         except (VfsmapError, VarlinkError) as exc:

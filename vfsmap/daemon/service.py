@@ -17,6 +17,7 @@ from vfsmap.daemon.calls import (
     MapCall,
     Nothing,
     ReleaseCall,
+    StatsCall,
     ViolationCall,
 )
 from vfsmap.daemon.closer import Closer
@@ -27,6 +28,7 @@ from vfsmap.daemon.files import create_file, file_of_descriptor, file_of_path
 from vfsmap.daemon.grants import Grants
 from vfsmap.daemon.listening import listening
 from vfsmap.daemon.server import Answer, Caller, Method, Server
+from vfsmap.daemon.stats import Statistics
 from vfsmap.daemon.varlink import readable
 from vfsmap.errors import Denied, Invalid, Untrusted, VfsmapError
 from vfsmap.fs import FileSystem
@@ -49,6 +51,7 @@ class Service:
         group: str | None = None,
         mount_device: int | None = None,
         limits: Limits,
+        statistics: Statistics | None = None,
     ) -> None:
         self.methods = {
             "GetInfo": Method(Nothing, self._get_info),
@@ -59,6 +62,7 @@ class Service:
             "Allocate": Method(AllocateCall, self._allocate),
             "Seal": Method(FileCall, self._seal_file),
             "Leases": Method(Nothing, self._leases),
+            "Stats": Method(StatsCall, self._stats),
             "Violation": Method(ViolationCall, self._violation),
         }
         self._fs = fs
@@ -76,6 +80,10 @@ class Service:
         self._owner = os.fstat(fs.pool.pmem.fd).st_uid
         self._grants = Grants(fs, sync, leases_max=limits.leases_max)
         self._events = Events(limits.events_max)
+        self._statistics = statistics or Statistics(fs)
+        self._statistics.events = self._events.counts
+        self._statistics.leases = self._grants.leases.counts
+        self.calls = self._statistics.calls
         self._ends = Ends(fs, self._grants.leases, self._events)
         self.tend = self._ends.tend
         self.hung_up = self._ends.hung_up
@@ -253,6 +261,12 @@ class Service:
         ]
         return Answer({"leases": leases})
 
+    async def _stats(self, caller: Caller, wanted: StatsCall) -> Answer:
+        self._require_trusted(caller.connection)
+        if wanted.coverage:
+            await self._statistics.count()
+        return Answer(self._statistics.sample())
+
     async def _violation(self, caller: Caller, wanted: ViolationCall) -> Answer:
         holder = caller.connection.holder
         lease = self._grants.leases.get(wanted.lease, holder)
@@ -298,6 +312,7 @@ async def serve_mapping(
     group: str | None = None,
     mount_device: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    statistics: Statistics | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve leases on a file system's files until cancelled.
@@ -311,6 +326,7 @@ async def serve_mapping(
         mount_device: the device number of the mount whose descriptors name files; None: files are
             named by paths.
         limits: what a client may take.
+        statistics: where calls and events are counted, for those who want to know.
         task_status: told when clients can connect.
 
     Raises:
@@ -318,7 +334,13 @@ async def serve_mapping(
     """
     closer = Closer()
     service = Service(
-        fs, sync=sync, seal=seal, group=group, mount_device=mount_device, limits=limits
+        fs,
+        sync=sync,
+        seal=seal,
+        group=group,
+        mount_device=mount_device,
+        limits=limits,
+        statistics=statistics,
     )
     try:
         with listening(socket_path) as listener:

@@ -38,6 +38,7 @@ from vfsmap.pool.layout import (
     XattrRecord,
     packer,
 )
+from vfsmap.units import Extent
 
 DIRENT: Final = packer(DirentRecord)
 SYMLINK: Final = packer(SymlinkRecord)
@@ -275,15 +276,36 @@ class State:
         """Return where a file's bytes lie."""
         map_ = self._maps.get(ino)
         if map_ is None:
-            objects = self.pool.objects
-            pieces = []
-            for oid in self._extents_of(ino):
-                _, offset, start, length = EXTENT.unpack_from(objects[oid], _PAYLOAD)
-                pieces.append(Piece(offset, start, length, oid))
-            pieces.sort()
+            pieces = self._pieces(ino)
             self._extents.pop(ino, None)
             map_ = self._maps[ino] = FileMap(pieces, sum(piece.length for piece in pieces))
         return map_
+
+    def _pieces(self, ino: int) -> list[Piece]:
+        objects = self.pool.objects
+        pieces = []
+        for oid in self._extents_of(ino):
+            _, offset, start, length = EXTENT.unpack_from(objects[oid], _PAYLOAD)
+            pieces.append(Piece(offset, start, length, oid))
+        pieces.sort()
+        return pieces
+
+    def owners_of_extents(self) -> list[int]:
+        """Return the numbers of all files that own extents."""
+        return [*self._extents, *(ino for ino, map_ in self._maps.items() if map_.pieces)]
+
+    def size_and_extents(self, ino: int) -> tuple[int, list[Extent]]:
+        """Return a file's size, and where it lies; of a file that is gone nothing.
+
+        This way all files can be looked at without all of them being kept at hand.
+        """
+        rec = self.pool.objects.get(ino)
+        if rec is None or rec[4] != InodeRecord.TAG:
+            return 0, []
+        inode, map_ = self._inodes.get(ino), self._maps.get(ino)
+        pieces = self._pieces(ino) if map_ is None else map_.pieces
+        size = Inode.decode(rec).size if inode is None else inode.size
+        return size, [Extent(piece.offset, piece.start, piece.length) for piece in pieces]
 
     def _extents_of(self, ino: int) -> Sequence[int]:
         """Return the numbers of a file's extents, in no particular order."""

@@ -114,6 +114,10 @@ class LeaseTable:
         self._leases.pop(lease.lease, None)
         return self._orphans.pop(lease.lease, None) is not None
 
+    def counts(self) -> tuple[int, int]:
+        """Return how many leases there are, and how many of them may write."""
+        return len(self), sum(lease.writable for lease in self._leases.values())
+
     def __iter__(self) -> Iterator[Lease]:
         """Yield all leases, the oldest first."""
         return iter(list(self._leases.values()))
