@@ -10,7 +10,15 @@ from vfsmap.pmem import Medium, Pmem
 from vfsmap.pool import Pool
 from vfsmap.pool.journal import RESERVE
 from vfsmap.pool.layout import USER_TAG
-from vfsmap.testing.pools import FLUSHED, GROUPED, STORED, killed, make_pool, scratch
+from vfsmap.testing.pools import (
+    FLUSHED,
+    GROUPED,
+    STORED,
+    killed,
+    make_pool,
+    open_pmem,
+    scratch,
+)
 from vfsmap.units import KIB, MIB
 
 TAG = USER_TAG | 1
@@ -207,6 +215,33 @@ def test_a_group_on_its_way_counts_when_the_log_gets_full(directory: Path) -> No
     with killed(pool) as again:
         assert again.failed is None
         assert again.objects[oid][16:] == b"new" * 1360
+
+
+def test_a_log_that_is_on_its_way_to_larger_halves_is_not_grown_meanwhile(directory: Path) -> None:
+    pool = make_pool(directory / "pool", 8 * MIB, GROUPED)
+    oids = fill(pool, 100, size=1000)
+    pool.sync()
+    first = pool.journal.halves
+    checkpoint = pool.journal._start_checkpoint()
+    assert checkpoint.half.place not in first
+    checkpoint.copy_all(pool.next_oid)
+    with pool.transaction() as tx:
+        oids.append(tx.allocate(4 * KIB))  # behind them, so that still larger ones lie elsewhere
+    commit = pool.begin_commit()
+    run, copy = commit.run, directory / "copy"
+
+    def watched_run() -> None:
+        run()
+        if not copy.exists():
+            copy.write_bytes(pool.path.read_bytes())
+
+    commit.run = watched_run  # type: ignore[method-assign]
+    fill(pool, pool.journal.capacity // 1000, size=1000)
+    commit.run()
+    commit.finish()
+    with Pool(open_pmem(copy, GROUPED)) as killed_behind_the_commit:
+        assert killed_behind_the_commit.failed is None
+        assert set(killed_behind_the_commit.objects) == set(oids)
 
 
 def test_what_is_freed_is_not_given_out_before_that_is_durable(directory: Path) -> None:

@@ -173,7 +173,9 @@ class Journal:
 
     def _make_room(self, size: int, growth: int) -> None:
         if growth > 0 and self.live + growth > self.capacity:
-            self._grow(growth)
+            self._settle()  # it may be the very commit that makes the log larger
+            if self.live + growth > self.capacity:
+                self._grow(growth)
         room = self.log.room - self._pending_bytes - size
         if self._in_flight is not None:
             room -= self._in_flight.size
