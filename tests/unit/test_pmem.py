@@ -18,7 +18,7 @@ from vfsmap.errors import (
     PoolInUse,
     Unsupported,
 )
-from vfsmap.pmem import Pmem, libc, pages
+from vfsmap.pmem import Pmem, libc, pages, pmem
 from vfsmap.pmem.pmem import libpmem
 from vfsmap.testing import media
 from vfsmap.testing.pools import FLUSHED, GROUPED, STORED, open_pmem, scratch
@@ -52,6 +52,17 @@ def test_a_new_file_has_its_size_and_nobody_else_may_read_it(directory: Path) ->
     assert (with_pool.size, len(with_pool.view), path.stat().st_size) == (3 * MIB,) * 3
     assert path.stat().st_mode & 0o777 == 0o600
     with_pool.close()
+
+
+def test_the_name_of_a_new_file_on_a_disk_is_durable(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    for home, medium in ((tmp_path, GROUPED), (directory, STORED)):
+        monkeypatch.setattr(pmem, "detect", lambda fd, medium=medium: medium)
+        Pmem.create(home / "new", MIB).close()
+    assert synced == [str(tmp_path)]
 
 
 def test_an_existing_file_is_replaced_only_when_told(file: Path) -> None:

@@ -161,6 +161,8 @@ class Pmem:
                         f"{format_size(medium.page_size)}"
                     )
                 _set_size(fd, path, size, os.fstat(fd).st_size)
+                if not existed and medium.promise is Promise.POWER:
+                    _persist_name(path)
             return cls(fd, path, writable=True)
         except BaseException:
             os.close(fd)
@@ -414,6 +416,18 @@ def _set_size(fd: int, path: Path, size: int, old: int = 0) -> None:
         if isinstance(exc, OverflowError):
             raise NoSpace(f"{what}: no file can be") from exc
         raise _translated(exc, what) from exc
+
+
+def _persist_name(path: Path) -> None:
+    """Make a new file's entry in its directory durable, which a sync of the file need not do."""
+    try:
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise _translated(exc, f"can't make the name of {path} durable") from exc
 
 
 def _require_promise(medium: Medium, promise: Promise | str | None, path: Path) -> None:

@@ -421,4 +421,5 @@ def format_pmem(pmem: Pmem, *, label: str = "", level: Level = PMD, log: int = 0
     first = LogHalf(pmem, Place(FIRST_FREE, half), sb.generation, zlib.crc32(bytes(sb.uuid)))
     at = first.append([], next_oid=1)
     pmem.persist(at, first.tail - at)
+    sb.batches = first.sequence
     superblock.write(pmem, sb)

@@ -20,8 +20,16 @@ def rewrite(pmem: Pmem, found: Scan, objects: Mapping[int, bytes], next_oid: int
 
     Crash: the damaged objects or the new ones; it can be done again.
     """
+    used = [
+        EXTENT.unpack_from(rec, RECORD.size)[2:]
+        for rec in objects.values()
+        if RECORD.unpack_from(rec)[1] in SPACE
+    ]
+    used += ((half.start, half.length) for half in found.superblock.halves)
     if found.truncated:
         pmem.resize(found.superblock.size)
+        for start, length in used:  # of what is lost, a store would ask for room
+            pmem.reserve(start, length)
     if found.rebuilt:
         raw = superblock.encode(found.superblock)
         for at in SUPERBLOCKS:  # every word that was right stays so, whatever a crash tears
@@ -31,11 +39,5 @@ def rewrite(pmem: Pmem, found: Scan, objects: Mapping[int, bytes], next_oid: int
     journal.objects = dict(objects)
     journal.live = sum(map(len, objects.values()))
     journal.next_oid = next_oid
-    used = [
-        EXTENT.unpack_from(rec, RECORD.size)[2:]
-        for rec in objects.values()
-        if RECORD.unpack_from(rec)[1] in SPACE
-    ]
-    used += ((place.start, place.length) for place in journal.halves)
     journal.space.fill(used, found.superblock.size)
     journal.compact()

@@ -106,15 +106,16 @@ def scan(pmem: Pmem) -> Scan:
         NotAPool: it is none, or of a newer format.
         PoolDamaged: neither copy of the superblock can be used.
     """
-    before = _scan_once(pmem)
+    found = _scan_once(pmem)
+    last: tuple[list[Gap], int] | None = None
     for _ in range(_LOOKS):
-        if not before.damaged:
+        settled = not found.damaged or last == (found.gaps, found.tail)
+        # a writer that switched halves meanwhile may have overwritten what was just read
+        if settled and _superblock(pmem)[0].epoch == found.superblock.epoch:
             break
-        again = _scan_once(pmem)
-        if (again.gaps, again.tail) == (before.gaps, before.tail):
-            break
-        before = again
-    return before
+        last = found.gaps, found.tail
+        found = _scan_once(pmem)
+    return found
 
 
 def _scan_once(pmem: Pmem) -> Scan:
