@@ -29,6 +29,16 @@ _PATIENCE: Final = 30
 _KERNEL_OPTIONS: Final = frozenset(
     ("dev", "nodev", "suid", "nosuid", "exec", "noexec", "atime", "noatime", "sync", "dirsync")
 )
+_OWN_OPTIONS: Final = frozenset(("ro", "allow_other", "writeback", "nobusypoll", "sloppy"))
+_PASSED_OVER: Final = frozenset(
+    ("rw", "defaults", "default_permissions", "async", "relatime", "loud", "silent")
+)
+"""How we mount anyway."""
+_OF_FSTAB: Final = frozenset(
+    ("auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev")
+)
+"""What speaks to mount(8) alone; so does what begins as follows."""
+_OF_FSTAB_PREFIXES: Final = ("x-", "X-", "comment=", "user=")
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,14 @@ class MountOptions:
         Raises:
             Invalid: there is no such option.
         """
-        given = set(words) - {"rw", "defaults"}
-        known = {"ro", "allow_other", "writeback", "nobusypoll", *_KERNEL_OPTIONS}
-        if unknown := sorted(given - known):
+        given = {
+            word
+            for word in words
+            if word not in _PASSED_OVER | _OF_FSTAB and not word.startswith(_OF_FSTAB_PREFIXES)
+        }
+        known = _OWN_OPTIONS | _KERNEL_OPTIONS
+        unknown = sorted(given - known)
+        if unknown and "sloppy" not in given:
             raise Invalid(
                 f"there is no mount option {unknown[0]!r}; use {', '.join(sorted(known))}"
             )

@@ -1,6 +1,8 @@
 """The command ``vfsmap``: its subcommands, each imported when it is called."""
 
 import importlib
+import sys
+from pathlib import PurePath
 from typing import Any
 
 import click
@@ -27,9 +29,29 @@ _COMMANDS = {
     "events": "watching",
     "pstore": "pstore",
     "module": "module",
+    "system": "system",
+    "completion": "completion",
     "demo": "demo",
 }
 """Each command and the module of this package that holds it, in the order of ``--help``."""
+
+_HELPERS = {"mount.fuse.vfsmap": "helper", "umount.fuse.vfsmap": "helper"}
+"""Commands for mount(8) and umount(8), which nobody types."""
+
+
+def as_command(program: str, arguments: list[str]) -> list[str]:
+    """Return the arguments of ``vfsmap`` that a call by mount(8) or umount(8) means.
+
+    Args:
+        program: the name by which we were called.
+        arguments: what came with it.
+    """
+    name = PurePath(program).name
+    if name in _HELPERS:
+        return [name, *arguments]
+    if len(arguments) > 1 and "/" in arguments[0]:  # no command has one in its name
+        return ["mount.fuse.vfsmap", *arguments]
+    return arguments
 
 
 class Lazy(click.Group):
@@ -39,13 +61,18 @@ class Lazy(click.Group):
         """Return the commands in the order in which one meets them."""
         return list(_COMMANDS)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what was typed, or what mount(8) has called us with."""
+        return super().parse_args(ctx, as_command(sys.argv[0], args))
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command."""
-        home = _COMMANDS.get(cmd_name)
+        home = _COMMANDS.get(cmd_name) or _HELPERS.get(cmd_name)
         if home is None:
             return None
         module = importlib.import_module(f"vfsmap_tools.{home}")
-        attribute = f"{cmd_name}_command" if hasattr(module, f"{cmd_name}_command") else cmd_name
+        name = cmd_name.replace(".", "_")
+        attribute = f"{name}_command" if hasattr(module, f"{name}_command") else name
         command: Any = getattr(module, attribute)
         assert isinstance(command, click.Command)
         return command

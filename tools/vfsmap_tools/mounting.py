@@ -1,5 +1,6 @@
 """Commands that serve a pool: ``mount``, ``umount``, ``serve``."""
 
+import errno
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from fcntl import LOCK_SH, flock
 from pathlib import Path
 from typing import Any
@@ -53,29 +55,53 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def mount(
     pool: Path, directory: Path, options: tuple[str, ...], foreground: bool, **server: Any
 ) -> None:
-    r"""Mount a pool on a directory and start its mapping daemon.
+    """Mount a pool on a directory and start its mapping daemon.
 
     Returns when the mount answers.  The server writes everything back and unmounts on SIGTERM and
     SIGINT; a mount whose server has crashed goes away by itself.
 
     \b
-    Options for -o:
+    Options for -o (those of fstab(5) that are for mount(8) or systemd are let pass):
       ro               read-only
       allow_other      let other users in (needs user_allow_other in /etc/fuse.conf, or root)
       writeback        let the kernel delay writes: faster, but a write is in the pool, and in
                        every window, only after fsync
       nobusypoll       do not poll for requests: less CPU, fewer requests a second
       noatime          do not record when files are read
+      sloppy           ignore options that are not known
+      socket=, group=, promise=, log=, verbose
+                       as the options of this command, for fstab
     """
-    if foreground:
-        _serve(pool, directory, options, **server)
-        return
+    words = [word for option in options for word in option.split(",") if word]
+    words = _take_server_options(words, server)
     _require_mountable(pool, directory)
+    if foreground:
+        _serve(pool, directory, words, **server)
+        return
     server.pop("ready_fd")
     arguments = ["mount", str(pool.absolute()), str(directory.absolute()), "--foreground"]
-    for option in options:
-        arguments += ["-o", option]
+    if words:
+        arguments += ["-o", ",".join(words)]
     _start(arguments, **server)
+
+
+def _take_server_options(words: list[str], server: dict[str, Any]) -> list[str]:
+    """Take out of the words behind -o what is an option of this command, as fstab has it."""
+    context = click.get_current_context()
+    options = {
+        option.name: option
+        for option in context.command.params
+        if isinstance(option, click.Option) and not option.hidden and option.name in server
+    }
+    rest = []
+    for word in words:
+        name, valued, value = word.partition("=")
+        option = options.get(name)
+        if option is None or bool(valued) == option.is_flag:
+            rest.append(word)
+        else:
+            server[name] = True if option.is_flag else option.type_cast_value(context, value)
+    return rest
 
 
 @click.command("serve")
@@ -90,7 +116,7 @@ def serve(pool: Path, foreground: bool, **server: Any) -> None:
     Clients name files by their paths inside the pool; only root and the daemon's own user may.
     """
     if foreground:
-        _serve(pool, None, (), **server)
+        _serve(pool, None, [], **server)
         return
     server.pop("ready_fd")
     _start(["serve", str(pool.absolute()), "--foreground"], **server)
@@ -101,20 +127,35 @@ def serve(pool: Path, foreground: bool, **server: Any) -> None:
 @errors_exit
 def umount(directory: Path) -> None:
     """Unmount a pool; returns when its server has written everything back and ended."""
+    unmount_and_wait(directory)
+
+
+def unmount_and_wait(directory: Path, *, force: bool = False, lazy: bool = False) -> None:
+    """Unmount a pool; unless ``lazy``, return when its server has ended.
+
+    Raises:
+        Invalid: no pool is mounted there.
+        Busy: files on it are in use, or the server does not end.
+    """
     mounted = find_mount(directory)
     if mounted is None:
         raise Invalid(f"no pool is mounted on {directory}")
-    unmount(directory)
-    wait_until_free(mounted.pool)
+    unmount(directory, force=force, lazy=lazy)
+    if not lazy and mounted.writable:  # who only reads holds nothing that others wait for
+        with suppress(FileNotFoundError, PermissionError):
+            wait_until_free(mounted.pool)
 
 
-def unmount(directory: Path) -> None:
+def unmount(directory: Path, *, force: bool = False, lazy: bool = False) -> None:
     """Unmount a directory, as root or as the user who mounted it.
 
     Raises:
         Busy: files on it are in use.
     """
-    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    if os.geteuid() == 0:
+        command = ["umount", "-i", *["-f"] * force, *["-l"] * lazy]
+    else:
+        command = ["fusermount3", "-u", *["-z"] * lazy]
     result = subprocess.run([*command, str(directory)], capture_output=True, text=True, check=False)
     if result.returncode:
         reason = result.stderr.strip().splitlines()
@@ -144,12 +185,26 @@ def wait_until_free(pool: Path, patience: int = _PATIENCE) -> None:
 def _require_mountable(pool: Path, directory: Path) -> None:
     if not pool.exists():
         raise NotFound(f"{pool} does not exist; make it with: vfsmap format {pool} --size 8G")
-    if find_mount(directory):
+    if find_mount(directory) and not _clear_stale(directory):
         raise Busy(
             f"a pool is mounted on {directory} already; unmount it: vfsmap umount {directory}"
         )
     if not directory.is_dir():
         raise NotFound(f"{directory} is not a directory; make it with: mkdir {directory}")
+
+
+def _clear_stale(directory: Path) -> bool:
+    """Unmount what a server that was killed has left behind; False: its server lives."""
+    try:
+        os.statvfs(directory)
+    except OSError as exc:
+        if exc.errno != errno.ENOTCONN:
+            return False
+    else:
+        return False
+    with suppress(Busy):  # fusermount3, which has waited for the server's end, may be faster
+        unmount(directory, lazy=True)
+    return find_mount(directory) is None
 
 
 def _start(arguments: list[str], **server: Any) -> None:
@@ -187,7 +242,7 @@ def _start(arguments: list[str], **server: Any) -> None:
 def _serve(
     pool: Path,
     directory: Path | None,
-    options: tuple[str, ...],
+    words: list[str],
     ready_fd: int | None,
     **server: Any,
 ) -> None:
@@ -206,7 +261,6 @@ def _serve(
         told = True
 
     try:
-        words = [word for option in options for word in option.split(",") if word]
         chosen = ServerOptions(
             socket=server["socket"],
             group=server["group"],

@@ -14,6 +14,7 @@ class Mount(NamedTuple):
 
     pool: Path
     directory: Path
+    writable: bool
 
 
 def mounted_pools() -> list[Mount]:
@@ -21,9 +22,10 @@ def mounted_pools() -> list[Mount]:
     mounts = []
     for line in _MOUNTINFO.read_text().splitlines():
         fields = line.split(" ")
-        kind, source, *_ = fields[fields.index("-") + 1 :]
+        kind, source, options = fields[fields.index("-") + 1 :][:3]
         if kind == FILESYSTEM_TYPE:
-            mounts.append(Mount(Path(_plain(source)), Path(_plain(fields[4]))))
+            writable = "ro" not in options.split(",")
+            mounts.append(Mount(Path(_plain(source)), Path(_plain(fields[4])), writable))
     return mounts
 
 
