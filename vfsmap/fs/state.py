@@ -324,9 +324,9 @@ class State:
             return
         now = time.time_ns()
         atime = inode.atime_ns
-        if (
-            atime <= inode.mtime_ns or atime <= inode.ctime_ns or now - atime >= _DAY_NS
-        ) and self.pool.writable:
+        if inode.mtime_ns < atime > inode.ctime_ns and now - atime < _DAY_NS:
+            return
+        if self.pool.writable:
             # what is read needs no room, and no medium that still takes stores
             with suppress(VfsmapError), self.change() as tx:
                 inode.atime_ns = now
