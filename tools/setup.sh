@@ -29,7 +29,9 @@ if [ -n "$missing" ]; then
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
 fi
 
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+# one that was interrupted, or whose Python is gone, is made anew
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+    "${PYTHON:-python3}" -m venv --clear "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
 "$venv/bin/python" -m pip install --quiet --editable . --group test --group lint --group wheel
 [ -e /dev/fuse ] || echo "setup: /dev/fuse is missing: load it with 'modprobe fuse' to mount" >&2
