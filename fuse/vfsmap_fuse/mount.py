@@ -159,6 +159,46 @@ class Mount:
             await self._unmounted.wait()
 
 
+class Unmounter:
+    """Sees to it that fusermount3 takes the mount away when the server dies, however it dies.
+
+    It hears of the death when the kernel closes a socket that libfuse has opened after the session,
+    and then takes a mount away that answers ENOTCONN.  A dying process's descriptors are released
+    from the highest down, so it would look before the session has ended, and leave the mount there.
+    """
+
+    def __init__(self) -> None:
+        """Keep a low number free; to be made before the session is."""
+        self._lower = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._before = _sockets()
+        self._socket = -1
+
+    def tell_last(self) -> None:
+        """Have the session's end come before the socket's."""
+        for fd in _sockets() - self._before:
+            self._socket = fd
+            # the number stays taken: libfuse believes it to be its own
+            low = os.dup(self._lower)
+            os.dup2(fd, self._lower, inheritable=False)
+            os.dup2(low, fd, inheritable=False)
+            os.close(low)
+
+    def close(self) -> None:
+        """Let fusermount3 end."""
+        for fd in (self._lower, self._socket):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _sockets() -> set[int]:
+    found = set()
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the listing itself
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                found.add(fd)
+    return found
+
+
 @asynccontextmanager
 async def mounted(
     fs: FileSystem,
@@ -192,11 +232,14 @@ async def mounted(
         fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback, tallies=tallies
     )
     _require_mountable(mountpoint, options)
+    unmounter = Unmounter()
     try:
         pyfuse3.init(operations, str(mountpoint), options.words(fs.pool.path.absolute()))
     except RuntimeError as exc:
+        unmounter.close()
         # libfuse, or fusermount3, has said why on stderr
         raise Busy(f"can't mount on {mountpoint}: {exc}") from exc
+    unmounter.tell_last()
     fs.invalidators.append(_invalidate)
     try:
         with busy_polling() if options.busy_poll else nullcontext():
@@ -211,6 +254,7 @@ async def mounted(
     finally:
         fs.invalidators.remove(_invalidate)
         pyfuse3.close()
+        unmounter.close()
         operations.forget_all()
 
 
