@@ -6,7 +6,7 @@ PYTHON ?= python3
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vm lint types wheel bench clean
+.PHONY: help setup demo test test-slow test-vm test-kill lint types wheel bench clean
 
 help: ## Tell what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ test-slow: $(BIN)/vfsmap ## Run the long tests as well
 
 test-vm: $(BIN)/vfsmap ## Boot real kernels on files of a mounted pool
 	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m vm
+
+test-kill: $(BIN)/vfsmap ## Kill the server of a real mount under eight writers, 200 times a medium
+	for medium in tmpfs hugetlbfs ext4; do \
+	    $(BIN)/python -m vfsmap.testing.killing --medium $$medium --rounds 200 || exit; \
+	done
 
 lint: $(BIN)/vfsmap ## Check style
 	$(BIN)/ruff check .
