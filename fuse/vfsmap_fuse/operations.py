@@ -351,18 +351,16 @@ class Operations(pyfuse3.Operations):
     @answered_later
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Return when a file is as durable as the medium promises."""
-        await self._durable(self._files[fh].ino)
+        await self._durable()
 
     @answered_later
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Return when a directory is as durable as the medium promises."""
-        await self._durable(self._listings[fh].ino)
+        await self._durable()
 
-    async def _durable(self, ino: int) -> None:
-        if self.fs.pool.grouped:
+    async def _durable(self) -> None:
+        if self.fs.pool.grouped:  # elsewhere, every request is durable when it is answered
             await self._sync()
-        else:
-            self.fs.fsync(ino)
 
     # directories
 

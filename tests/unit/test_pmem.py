@@ -207,10 +207,9 @@ def test_a_dax_medium_is_flushed_through_libpmem(
     pmem.persist(100, 10)
     assert library.calls == [(base + 100, 10), "drain"]
     pmem.sync()
-    assert library.calls[2:] == ["drain"]
     pmem.resize(2 * MIB)
     pmem.flush(MIB, 64)
-    assert library.calls[3:] == [(libc.address_of(pmem.view) + MIB, 64)]
+    assert library.calls[2:] == [(libc.address_of(pmem.view) + MIB, 64)]
     pmem.close()
 
 

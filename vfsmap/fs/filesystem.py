@@ -124,14 +124,6 @@ class FileSystem(Names, Data, Seals, Xattrs):
             self.put(tx, inode)
         return inode
 
-    def fsync(self, ino: int) -> None:
-        """Wait until what was done to a file is as durable as the medium promises.
-
-        For media that commit in groups, :meth:`Pool.sync` or :meth:`Pool.begin_commit` do it.
-        """
-        self.get(ino)
-        self.pool.pmem.fence()
-
     def statfs(self) -> StatFs:
         """Return sizes and counts; no more is free than the file system below has room for."""
         free = self.pool.space.free_bytes

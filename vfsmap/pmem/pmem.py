@@ -242,7 +242,9 @@ class Pmem:
             self.fence()
 
     def sync(self) -> None:
-        """Make everything stored so far as durable as the medium promises.
+        """Make everything stored so far durable on a page-cache medium.
+
+        Elsewhere nothing waits for this: a store needs no more, or :meth:`flush` and :meth:`fence`.
 
         Raises:
             MediumError: the medium refused.
@@ -251,8 +253,6 @@ class Pmem:
         """
         if self.medium.commit is Commit.SYNC:
             self._fdatasync()
-        else:
-            self.fence()
 
     def reserve(self, offset: int, length: int) -> None:
         """Make sure that storing to the range will find room; contents stay.

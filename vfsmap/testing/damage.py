@@ -28,7 +28,7 @@ class Damage(NamedTuple):
 
 
 def inflict(content: bytearray, areas: Sequence[Area], rng: random.Random) -> Damage:
-    """Damage ``content`` somewhere in ``areas``, and tell where; a truncation is only told."""
+    """Damage ``content`` somewhere in ``areas``, and tell where; what a truncation took reads as zeros."""
     size = len(content)
     kinds = ("flip", "flip", "flip", "zero", "zero", "noise", "swap", "copy", "truncate")
     kind = rng.choice(kinds)
@@ -38,7 +38,9 @@ def inflict(content: bytearray, areas: Sequence[Area], rng: random.Random) -> Da
             content[at + rng.randrange(length)] ^= 1 << rng.randrange(8)
         return Damage(kind, [(at, length)], size)
     if kind == "truncate":
-        return Damage(kind, [], rng.randrange(size // PAGE) * PAGE)
+        left = rng.randrange(size // PAGE) * PAGE
+        content[left:] = bytes(size - left)
+        return Damage(kind, [], left)
     length = rng.choice((SECTOR, SECTOR, PAGE))
     at = _sector(areas, rng, length)
     if kind == "zero":

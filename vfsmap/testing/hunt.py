@@ -52,6 +52,8 @@ from vfsmap.testing.workload import (
 _BARRIERS: Final = (Fence, Msync, Fdatasync)
 _STEPS: Final = (Store, Flush, Fence, Msync, Fdatasync, Punch, Resize)
 OPERATION, DONE, BEGUN, COMMITTED = "operation", "done", "begun", "committed"
+SYNCED = "synced"
+"""All that was done is durable: an operation that promises this has returned."""
 
 
 class Crash(NamedTuple):
@@ -134,6 +136,8 @@ def record(workload: Workload, memory: Memory) -> Recording:
             perform(context, name)
             pmem.note(DONE, number)
             closed = name == "close"
+            if closed or name == "sync":
+                pmem.note(SYNCED, number)
             snapshots.append(snapshots[-1] if closed else snapshot(fs))
             used.append(used[-1] if closed else _used(fs))
             relevant.append(Ranges(used[-2] + used[-1]))
@@ -188,6 +192,9 @@ class _Progress:
             self._done = mark.value
         elif mark.what == BEGUN:
             self._groups[mark.value] = self._now()
+        elif mark.what == SYNCED:
+            self._durable = frozenset({mark.value})
+            self._groups.clear()
         elif mark.value in self._groups:
             self._durable = self._groups[mark.value]
             self._groups = {n: g for n, g in self._groups.items() if n > mark.value}
@@ -214,7 +221,14 @@ class Hunter:
     """Runs workloads on one medium, and judges what crashes leave of them."""
 
     def __init__(
-        self, medium: str, tally: Tally, *, samples: int = 4, second: int = 2, every: int = 4
+        self,
+        medium: str,
+        tally: Tally,
+        *,
+        samples: int = 4,
+        second: int = 2,
+        every: int = 4,
+        most_failures: int = 0,
     ) -> None:
         """Get ready.
 
@@ -224,6 +238,7 @@ class Hunter:
             samples: how many states to draw where there are too many to try all.
             second: the same for crashes during recovery; 0 for none.
             every: try such crashes for one in so many images.
+            most_failures: leave a workload when there are so many; 0 for never.
         """
         content, _ = base(medium)
         self.seen: set[tuple[int, int]] = set()
@@ -233,6 +248,7 @@ class Hunter:
         self._every = every
         self._tally = tally
         self._samples = samples
+        self._most_failures = most_failures
         self._second = second
         self._kind = MEDIA[medium.removesuffix(TINY)]
         self._powered = self._kind.commit is not CommitKind.STORE
@@ -257,6 +273,8 @@ class Hunter:
         size = POOL_SIZE
         model = PowerModel(self._media, POOL_SIZE, self._kind.commit)
         for number, event in enumerate(recording.events):
+            if 0 < self._most_failures <= len(self._tally.failures):
+                return
             if isinstance(event, Mark):
                 progress.feed(event)
             if progress.operation > workload.first:

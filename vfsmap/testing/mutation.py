@@ -1,4 +1,4 @@
-"""Mutants: one step of a function left out, as long as a block lasts.
+"""Mutants: one step of a function left out or done wrongly, as long as a block lasts.
 
 A hunt that finds nothing proves something only if it finds every one of these.
 """
@@ -8,55 +8,87 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
 STEPS: Final = frozenset(
-    {"flush", "fence", "persist", "sync", "_fdatasync", "pmem_flush", "pmem_drain", "zero", "write"}
+    {
+        "_clear",
+        "_fdatasync",
+        "_msync",
+        "_zero",
+        "clear",
+        "fence",
+        "flush",
+        "persist",
+        "pmem_drain",
+        "pmem_flush",
+        "sync",
+        "write",
+        "zero",
+    }
 )
 """Methods whose calls are steps that durability or order may depend on."""
 
 
-class Step(NamedTuple):
-    """A call in a function, as a statement of its own."""
+class Mutant(NamedTuple):
+    """A function of a class or module, and its source as it should not be."""
 
     owner: type | ModuleType
     function: str
-    number: int
-    """Which of the function's steps it is, from 0."""
-    text: str
+    change: str
+    """What was done to it."""
+    source: str
 
     def __str__(self) -> str:
         """Return it for people and for ids."""
         home = self.owner.__name__.rpartition(".")[2]
-        return f"{home}.{self.function}-{self.number}: {self.text}"
+        return f"{home}.{self.function}: {self.change}"
 
 
-def steps_of(owner: type | ModuleType, *functions: str) -> list[Step]:
-    """Return the steps of some functions of a class or of a module."""
-    found = []
-    for name in functions:
-        calls = _calls(_tree(getattr(owner, name)))
-        found += [Step(owner, name, at, ast.unparse(call)) for at, call in enumerate(calls)]
-    return found
+def without_steps(owner: type | ModuleType) -> list[Mutant]:
+    """Return, for every step in the functions of a class or module, the mutant without it."""
+    mutants = []
+    for name, function in vars(owner).items():
+        if isinstance(function, FunctionType) and function.__module__ == _module_of(owner):
+            source = _source(function)
+            seen: dict[str, int] = {}
+            for call in _calls(ast.parse(source)):
+                text = ast.unparse(call)
+                seen[text] = seen.get(text, 0) + 1
+                which = f" ({seen[text]})" if seen[text] > 1 else ""
+                mutants.append(Mutant(owner, name, f"no {text}{which}", _without(source, call)))
+    return mutants
+
+
+def replaced(owner: type | ModuleType, function: str, old: str, new: str) -> Mutant:
+    """Return the mutant of a function in which ``new`` stands for the only ``old``."""
+    source = _source(vars(owner)[function])
+    assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+    return Mutant(owner, function, f"{_words(new)} for {_words(old)}", source.replace(old, new))
 
 
 @contextmanager
-def left_out(step: Step) -> Iterator[None]:
-    """Leave a step out."""
-    function = getattr(step.owner, step.function)
-    tree = _tree(function)
-    wanted = _calls(tree)[step.number]
-    tree = ast.fix_missing_locations(_LeaveOut(wanted).visit(tree))
+def applied(mutant: Mutant) -> Iterator[None]:
+    """Let a mutant stand in for its function."""
+    original = vars(mutant.owner)[mutant.function]
     namespace: dict[str, Any] = {}
-    exec(compile(tree, "<mutant>", "exec"), function.__globals__, namespace)
-    with mock.patch.object(step.owner, step.function, namespace[step.function]):
+    exec(compile(mutant.source, "<mutant>", "exec"), original.__globals__, namespace)
+    with mock.patch.object(mutant.owner, mutant.function, namespace[mutant.function]):
         yield
 
 
-def _tree(function: Callable[..., object]) -> ast.Module:
-    return ast.parse(textwrap.dedent(inspect.getsource(function)))
+def _module_of(owner: type | ModuleType) -> str:
+    return owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+
+
+def _source(function: Callable[..., object]) -> str:
+    return textwrap.dedent(inspect.getsource(function))
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _calls(tree: ast.Module) -> list[ast.Expr]:
@@ -70,9 +102,8 @@ def _calls(tree: ast.Module) -> list[ast.Expr]:
     ]
 
 
-class _LeaveOut(ast.NodeTransformer):
-    def __init__(self, wanted: ast.Expr) -> None:
-        self._wanted = wanted
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        return ast.Pass() if node is self._wanted else node
+def _without(source: str, call: ast.Expr) -> str:
+    lines = source.splitlines(keepends=True)
+    assert call.end_lineno is not None
+    first, last = call.lineno - 1, call.end_lineno
+    return "".join([*lines[:first], " " * call.col_offset + "pass\n", *lines[last:]])

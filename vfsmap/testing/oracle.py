@@ -1,19 +1,21 @@
 """What must hold of a pool after a crash, whatever the crash left of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from vfsmap.errors import VfsmapError
 from vfsmap.fs import FileSystem
 from vfsmap.fs.check import check
 from vfsmap.fs.inode import ROOT
 from vfsmap.pmem import Medium
-from vfsmap.pool import Pool
-from vfsmap.pool.layout import EXTENT, RECORD, SPACE
+from vfsmap.pool import Oid, Pool
+from vfsmap.pool.layout import EXTENT, RECORD, SPACE, ExtentRecord
 from vfsmap.pool.scan import scan
 from vfsmap.testing.recording import Event, Memory, RecordingPmem
 
 _PROBE = b".probe"
+OLD_BYTES: Final = b"\xa5" * 64
+"""What the media of tests hold all over at first, and no file ever."""
 
 
 class File(NamedTuple):
@@ -61,7 +63,18 @@ def snapshot(fs: FileSystem) -> Snapshot:
             names[directory, name] = ino
             if fs.get(ino).is_directory:
                 queue.append(ino)
-    return Snapshot(names, {ino: _file(fs, ino) for ino in {ROOT, *names.values()}})
+    files = {ino: _file(fs, ino) for ino in {ROOT, *names.values()}}
+    return Snapshot(names, files | _arenas(fs.pool))
+
+
+def _arenas(pool: Pool) -> dict[int, File]:
+    """Return what programs keep beside the file system, as files that have nothing but content."""
+    oids = [
+        Oid(oid)
+        for oid, rec in pool.objects.items()
+        if rec[4] == ExtentRecord.TAG and not rec[7] and not any(rec[RECORD.size : RECORD.size + 8])
+    ]
+    return {oid: File(b"", bytes(pool.view(oid)), (), b"", b"") for oid in oids}
 
 
 def _file(fs: FileSystem, ino: int) -> File:
@@ -112,6 +125,7 @@ def judge(
         recovery = list(pmem.events)
         found = snapshot(fs)
         problems += mismatch(found, expected)
+        problems += old_bytes(found)
         problems += [f"after recovery: {f}" for f in check(scan(pmem)).findings]
         if thorough:
             problems += _use(fs, found)
@@ -143,6 +157,12 @@ def mismatch(found: Snapshot, expected: Expectation) -> list[str]:
         if nearest is None or len(different) < len(nearest):
             nearest = [f"state {candidate}: {line}" for line in different]
     return nearest or ["no state is allowed"]
+
+
+def old_bytes(found: Snapshot) -> list[str]:
+    """Return which files show what the medium held before."""
+    whole = {ino: file.content + file.seal for ino, file in found.files.items()}
+    return [f"inode {ino} shows old bytes" for ino, text in whole.items() if OLD_BYTES in text]
 
 
 def _differences(found: Snapshot, later: Sequence[Snapshot]) -> list[str]:
@@ -185,7 +205,7 @@ def _use(fs: FileSystem, found: Snapshot) -> list[str]:
     """Create, write, rename and delete in every directory; compact; open again."""
     problems = []
     data = b"probe" * 20 if fs.pool.space.free_bytes else b""
-    for directory in [ino for ino in found.files if fs.get(ino).is_directory]:
+    for directory in [ino for ino, file in found.files.items() if _is_directory(file)]:
         ino = fs.create(directory, _PROBE, 0o600, 0, 0).ino
         fs.write(ino, 10, data)
         fs.rename(directory, _PROBE, directory, _PROBE + b"2")
@@ -217,7 +237,7 @@ def _changes(found: Snapshot, after: Snapshot) -> list[str]:
 
 
 def _is_directory(file: File) -> bool:
-    return file.inode[1] >> 4 == 0o4
+    return bool(file.inode) and file.inode[1] >> 4 == 0o4
 
 
 def used_runs(objects: Mapping[int, bytes]) -> list[tuple[int, int]]:

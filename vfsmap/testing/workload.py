@@ -18,17 +18,17 @@ from vfsmap.errors import NotFound, VfsmapError
 from vfsmap.fs import FileSystem
 from vfsmap.fs.inode import ROOT
 from vfsmap.fs.names import RENAME_EXCHANGE
-from vfsmap.pool import Commit, Pool
+from vfsmap.pool import Commit, Oid, Pool
 from vfsmap.pool.pool import format_pmem
+from vfsmap.testing.oracle import OLD_BYTES
 from vfsmap.testing.recording import MEDIA, Memory, RecordingPmem
-from vfsmap.units import KIB, MIB, PMD
+from vfsmap.units import KIB, MIB, PMD, PTE, Level
 from vfsmap.verity import Hasher
 
 POOL_SIZE: Final = 8 * MIB
 MEMORY_SIZE: Final = 12 * MIB
 TINY: Final = "-tiny"
 _TINY_HALF: Final = 8 * KIB
-_OLD_BYTES: Final = b"\xa5" * 4096
 _START_NS: Final = 1_700_000_000 * 10**9
 _PLANTED: Final = 1000
 
@@ -65,6 +65,7 @@ class Context:
         self.rng = rng
         self.held: list[int] = []
         self.pins: list[int] = []
+        self.arenas: list[Oid] = []
         self.commit: Commit | None = None
 
     def home(self, path: str) -> tuple[int, bytes]:
@@ -143,6 +144,28 @@ def _fill(c: Context) -> None:
     c.fs.allocate(c.ino("e"), 0, c.pool.space.free_bytes)
 
 
+def _arena(c: Context, size: int, level: Level) -> None:
+    with c.pool.transaction() as tx:
+        c.arenas.append(tx.allocate(size, level=level))
+
+
+def _write_arena(c: Context) -> None:
+    if c.arenas:
+        c.pool.pmem.store(c.pool.arena(c.arenas[-1]).start + 4000, c.rng.randbytes(300))
+        c.pool.persist(c.arenas[-1], 4000, 300)
+
+
+def _delete_arena(c: Context) -> None:
+    if c.arenas:
+        with c.pool.transaction() as tx:
+            tx.delete(c.arenas.pop())
+
+
+def _checkpoint(c: Context) -> None:
+    if c.pool.journal._checkpoint is None:
+        c.pool.journal._start_checkpoint()
+
+
 def _make(c: Context, path: str) -> None:
     c.fs.create(*c.home(path), 0o644, 5, 6)
 
@@ -215,9 +238,13 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "align-sparse": lambda c: c.fs.set_align(c.ino("s"), PMD.shift),
     "seal": lambda c: _seal(c, "b"),
     "read": lambda c: c.fs.read(c.ino("a"), 0, 100),
-    "fsync": lambda c: c.fs.fsync(c.ino("a")),
+    "arena": lambda c: _arena(c, 20_000, PTE),
+    "arena-unit": lambda c: _arena(c, PMD.size, PMD),
+    "arena-write": _write_arena,
+    "arena-delete": _delete_arena,
     "trim": lambda c: c.pool.space.trim(),
     "resize": lambda c: c.pool.resize(c.pool.size + 2 * MIB),
+    "checkpoint": _checkpoint,
     "compact": lambda c: c.pool.journal.compact(),
     "sync": lambda c: c.pool.sync(),
     "begin": _begin,
@@ -365,6 +392,8 @@ def deterministic(*, tiny: bool = False, first: int = _PLANTED) -> Iterator[None
         for module in ("journal", "pool"):
             stack.enter_context(patch(f"vfsmap.pool.{module}.new_generation", generation))
         if tiny:
+            for module in ("data", "names", "state"):
+                stack.enter_context(patch(f"vfsmap.fs.{module}.BATCH_PIECES", 2))
             stack.enter_context(patch("vfsmap.pool.journal.RESERVE", KIB))
             stack.enter_context(patch("vfsmap.pool.journal._SLICE", 512))
             stack.enter_context(patch("vfsmap.pool.checkpoint._SLICE", KIB))
@@ -375,7 +404,7 @@ def deterministic(*, tiny: bool = False, first: int = _PLANTED) -> Iterator[None
 def base(medium: str) -> tuple[bytes, frozenset[int]]:
     """Return a medium that holds the tree, cleanly closed, and which of its pages are reserved."""
     tiny = medium.endswith(TINY)
-    content = _OLD_BYTES * (MEMORY_SIZE // len(_OLD_BYTES))
+    content = OLD_BYTES * (MEMORY_SIZE // len(OLD_BYTES))
     backed: set[int] = set()
     with deterministic(tiny=tiny, first=1), mock.patch("uuid.uuid4", _uuid):
         kind = MEDIA[medium.removesuffix(TINY)]
