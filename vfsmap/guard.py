@@ -3,13 +3,15 @@
 A poke names an address in the image's own terms, the bytes to store, and the bytes that should be
 there.  Under the policy ``refuse`` nothing is stored and the caller is told; under ``redirect``
 the blocks it touches, of 4 KiB or 2 MiB, are copied for this process and changed there, so that
-the medium stays as it is.  Either way whoever wants to know is told.
+the medium stays as it is.  What is refused becomes an event of the mapping daemon; whoever else
+wants to know, a crash log's recorder say, is called with it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
-from vfsmap.errors import Invalid, NotFound, Sealed
+from vfsmap.errors import Invalid, NotFound, Sealed, VfsmapError
 from vfsmap.mapping.overlay import PrivateWindow
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc
@@ -18,6 +20,7 @@ from vfsmap.units import PMD, PTE, Level, align_down
 Policy = Literal["refuse", "redirect"]
 POLICIES: Final[tuple[Policy, ...]] = ("refuse", "redirect")
 _SHOWN: Final = 16
+_TOLD: Final = 16  # pokes of one batch that are events of their own; the rest is one
 
 
 class Poke(NamedTuple):
@@ -156,17 +159,29 @@ class TextGuard:
                 )
 
     def _refuse(self, pokes: Sequence[Poke]) -> None:
-        for poke in pokes:
+        for number, poke in enumerate(pokes):
             self.refused += 1
+            violation = Violation(self.name, poke.address, poke.address - self.base, poke.new)
             if self._on_violation is not None:
-                offset = poke.address - self.base
-                self._on_violation(Violation(self.name, poke.address, offset, poke.new))
+                self._on_violation(violation)
+            if number < _TOLD:
+                self._report(violation.offset, len(poke.new), str(violation))
+        if rest := pokes[_TOLD:]:
+            offsets = [poke.address - self.base for poke in rest]
+            low, high = min(offsets), max(offsets)
+            self._report(low, high - low, f"refused {len(rest)} more writes to {self.name}")
         more = f" and {len(pokes) - 1} more" if len(pokes) > 1 else ""
         raise Sealed(
             f"{self.name} is persistent text and is never written: the poke of "
             f"{len(pokes[0].new)} bytes at {pokes[0].address:#x}{more} is refused; load it with "
             f"the policy redirect to have private copies"
         )
+
+    def _report(self, offset: int, length: int, detail: str) -> None:
+        """Make it an event of the daemon that granted the window, if there still is one."""
+        if self.window.on_report is not None:
+            with contextlib.suppress(VfsmapError):  # a poke is refused whoever hears of it
+                self.window.on_report(offset, length, detail)
 
     def _patches(self, pokes: Sequence[Poke], view: memoryview) -> Iterator[tuple[int, bytes]]:
         """Yield one run of bytes for each block: from its first poke to the end of its last."""

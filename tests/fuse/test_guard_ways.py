@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -197,6 +198,29 @@ def test_the_daemon_refuses_to_map_it_for_writing_to_grow_it_and_to_unseal_it(
             client.call("Seal", fds, file=0)
         with pytest.raises((Sealed, Denied)):
             client.call("Map", fds, file=0, writable=True)
+
+
+def test_refused_pokes_are_events_of_the_daemon_and_lines_of_pmsg(
+    client: Client, text: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    command("pstore", "format", log)
+    events = client.events()
+    assert next(events)["kind"] == "ready"
+
+    store = text.parents[2]
+    refuse = ("--policy", "refuse", "--pmsg", log)
+    done = command("module", "trace", store, "lz4_compress", "on", *refuse, check=False)
+
+    assert done.returncode == 1
+    assert "is persistent text and is never written" in done.stderr
+    lines = command("pstore", "show", log, "pmsg-ramoops-0").stdout.splitlines()
+    assert len(lines) > 3
+    assert all("refused to write 5 bytes at 0x4" in line for line in lines)
+    told = [event for event in itertools.islice(events, 12) if event["kind"] == "violation"]
+    assert [event["detail"] for event in told] == lines[: len(told)]
+    assert all(event["length"] == 5 for event in told)
+    events.close()  # type: ignore[attr-defined]
 
 
 def test_what_root_does_to_the_medium_behind_all_backs_is_told_by_the_digest(

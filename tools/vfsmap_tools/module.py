@@ -22,6 +22,7 @@ from vfsmap.kmod.runner import Runner
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.survey import TIERS, Survey, survey_file, survey_kernel
 from vfsmap.kmod.userspace import user_host
+from vfsmap.pstore import Recorder
 from vfsmap.units import PTE, Level, format_size
 from vfsmap_tools.console import (
     LEVEL,
@@ -61,6 +62,9 @@ policy_option = click.option(
     type=click.Choice(POLICIES),
     default="redirect",
     help="What happens to writes to text: refuse them, or redirect them to private copies.",
+)
+pmsg_option = click.option(
+    "--pmsg", "log", type=FILE, help="A crash log to keep refused writes in, as pmsg lines."
 )
 granularity_option = click.option(
     "--granularity", type=LEVEL, default=PTE, help="What a redirected write copies: 4K or 2M."
@@ -155,6 +159,7 @@ def ls(store: Path, as_json: bool) -> None:
 @host_option
 @policy_option
 @granularity_option
+@pmsg_option
 @json_option
 @errors_exit
 def load(
@@ -163,13 +168,14 @@ def load(
     host_path: Path | None,
     policy: Policy,
     granularity: Level,
+    log: Path | None,
     as_json: bool,
 ) -> None:
     """Load images for a host, and tell what was mapped in place, copied and laid over.
 
     Without --host they are loaded for the host that they were bound to.
     """
-    loader = _loader(Store(store), images[0], host_path, policy, granularity)
+    loader = _loader(Store(store), images[0], host_path, policy, granularity, log)
     reports = [loader.report(loaded) for loaded in [loader.load(name) for name in images]]
     if as_json:
         print_json([report._asdict() for report in reports])
@@ -294,6 +300,7 @@ def _argument(text: str) -> int | bytes:
 @host_option
 @policy_option
 @granularity_option
+@pmsg_option
 @json_option
 @errors_exit
 def toggle(
@@ -304,13 +311,14 @@ def toggle(
     host_path: Path | None,
     policy: Policy,
     granularity: Level,
+    log: Path | None,
     as_json: bool,
 ) -> None:
     """Switch the jump labels of a key on or off, through the guard, in a process of its own.
 
     Without a KEY, the image's keys are listed.
     """
-    loader = _loader(Store(store), image, host_path, policy, granularity)
+    loader = _loader(Store(store), image, host_path, policy, granularity, log)
     loaded = loader.load(image)
     keys = loaded.subject.keys()
     if key is None or state is None:
@@ -328,6 +336,7 @@ def toggle(
 @host_option
 @policy_option
 @granularity_option
+@pmsg_option
 @json_option
 @errors_exit
 def trace(
@@ -337,10 +346,11 @@ def trace(
     host_path: Path | None,
     policy: Policy,
     granularity: Level,
+    log: Path | None,
     as_json: bool,
 ) -> None:
     """Let each function of an image call the tracer, or leave it alone, through the guard."""
-    loader = _loader(Store(store), image, host_path, policy, granularity)
+    loader = _loader(Store(store), image, host_path, policy, granularity, log)
     loaded = loader.load(image)
     count = loader.trace(loaded, state == "on")
     _print_change(loaded.guard.overlaid, count, as_json)
@@ -417,7 +427,12 @@ def _host(path: Path | None) -> Host:
 
 
 def _loader(
-    store: Store, image: str, host_path: Path | None, policy: Policy, granularity: Level
+    store: Store,
+    image: str,
+    host_path: Path | None,
+    policy: Policy,
+    granularity: Level,
+    log: Path | None,
 ) -> Loader:
     host = store.host(store.find(image)[0]) if host_path is None else Host.open(host_path)
     return Loader(
@@ -426,17 +441,20 @@ def _loader(
         vfsmap.map,
         policy=policy,
         granularity=granularity,
-        on_violation=_Teller(),
+        on_violation=_Teller(log),
     )
 
 
 class _Teller:
-    """Prints the first few violations; what is refused as a whole has many."""
+    """Prints the first few violations, and keeps all in a crash log, as lines of its pmsg zone."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path | None) -> None:
         self._left = _MOST_TOLD
+        self._recorder = None if log is None else Recorder(log, watch=False)
 
     def __call__(self, violation: Violation) -> None:
+        if self._recorder is not None:
+            self._recorder.pmsg(f"{violation}\n")
         if self._left:
             self._left -= 1
             complain(str(violation))

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from functools import partial
 from typing import Any, NamedTuple
 
 from vfsmap.daemon.client import Client, clients, close_all, medium_of, mounter_of
@@ -176,6 +177,7 @@ def _granted(client: Client, wanted: _Request) -> Window:
         raise
     finally:
         close_all(descriptors)
+    window.on_report = partial(_report, client, lease)
     if not client.is_alive():  # before the range was mapped, nothing kept it from reuse
         window.close()
         raise DaemonUnreachable(f"the mapping daemon on {client.path} has gone away; mount again")
@@ -184,6 +186,10 @@ def _granted(client: Client, wanted: _Request) -> Window:
 
 def _publish(client: Client, lease: int) -> None:
     client.call("Publish", lease=lease)
+
+
+def _report(client: Client, lease: int, offset: int, length: int, detail: str) -> None:
+    client.call("Violation", lease=lease, offset=offset, length=length, detail=detail)
 
 
 def _map_cached(wanted: _Request) -> Window:

@@ -203,7 +203,8 @@ class Client:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_socket"):
+        # at the interpreter's end the module's functions are gone before a sealed window's client
+        if hasattr(self, "_socket") and close_all is not None:
             self.close()
 
     def forget_parent(self) -> None:

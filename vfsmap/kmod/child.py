@@ -6,6 +6,7 @@ for memory and for these lines, so that code gone wild ends with the process.
 """
 
 import base64
+import contextlib
 import ctypes
 import importlib
 import os
@@ -138,6 +139,8 @@ class Server:
         """Keep nothing but memory and the two pipes."""
         for loaded in self._loader.images.values():
             _ = loaded.subject  # it is read from the store, and no file can be opened from now on
+            loaded.guard.window.on_report = None  # nor can the daemon be reached
+        _close_all_but({0, 1, 2, self._sink.fileno()})  # of the daemon's socket above all
         _give_up_everything()
         self._alone = True
 
@@ -201,14 +204,23 @@ _ALLOWED: Final = (
     *(0, 1, 3, 5, 8),  # read, write, close, fstat, lseek
     *(9, 10, 11, 12, 25, 28),  # mmap, mprotect, munmap, brk, mremap, madvise
     *(13, 14, 15, 24, 39, 186),  # rt_sigaction, _procmask, _return, sched_yield, getpid, gettid
-    *(60, 202, 228, 231, 234, 318),  # exit, futex, clock_gettime, exit_group, tgkill, getrandom
+    *(60, 202, 228, 231, 318),  # exit, futex, clock_gettime, exit_group, getrandom
     *(257, 262),  # openat, newfstatat: answered by EPERM
 )
 _REFUSED: Final = (257, 262)
+_TGKILL: Final = 234  # for abort(3): of this process only
 _SECCOMP, _NO_NEW_PRIVILEGES, _FILTER = 22, 38, 2
 _KILL, _ALLOW, _EPERM = 0x8000_0000, 0x7FFF_0000, 0x0005_0001
 _X86_64: Final = 0xC000_003E
 _LOAD_WORD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_FIRST_ARGUMENT: Final = 16  # in struct seccomp_data
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in kept:
+            with contextlib.suppress(OSError):  # that of the directory is closed already
+                os.close(fd)
 
 
 def _give_up_everything() -> None:
@@ -219,6 +231,8 @@ def _give_up_everything() -> None:
     for number in _ALLOWED:
         verdict = _EPERM if number in _REFUSED else _ALLOW
         rules += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, verdict)]
+    rules += [(_JUMP_EQUAL, 0, 3, _TGKILL), (_LOAD_WORD, 0, 0, _FIRST_ARGUMENT)]
+    rules += [(_JUMP_EQUAL, 0, 1, os.getpid()), (_RETURN, 0, 0, _ALLOW)]
     rules.append((_RETURN, 0, 0, _KILL))
     program = b"".join(struct.pack("<HBBI", *rule) for rule in rules)
     buffer = ctypes.create_string_buffer(program)

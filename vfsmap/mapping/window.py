@@ -84,6 +84,8 @@ class Window:
         self.direct = direct
         self.closed = True  # until it is whole
         self._exported: weakref.ref[Any] | None = None
+        self.on_report: Callable[[int, int, str], None] | None = None
+        """Tells the daemon that granted the window what was tried at a part of it."""
         self._on_close = on_close
         self._on_publish = on_publish
         self.layout = EMPTY
