@@ -13,8 +13,8 @@ done.  It is checked when a file is attached, and when somebody asks.
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NamedTuple, Self
 
 from vfsmap.errors import Damaged, Invalid
 from vfsmap.units import KIB
@@ -41,6 +41,62 @@ class Algorithm(NamedTuple):
 SHA256: Final = Algorithm("sha256", 1, 32, 64)
 SHA512: Final = Algorithm("sha512", 2, 64, 128)
 ALGORITHMS: Final = {algorithm.name: algorithm for algorithm in (SHA256, SHA512)}
+
+
+class Parameters(NamedTuple):
+    """How a file is hashed; the defaults are those of the fsverity tool."""
+
+    algorithm: str = SHA256.name
+    block_size: int = 4 * KIB
+    salt: bytes = b""
+
+    def require_valid(self) -> None:
+        """Check them.
+
+        Raises:
+            Invalid: an unknown algorithm, a block size that is no power of two from 1 to 64 KiB,
+                or a salt of more than 32 bytes.
+        """
+        if self.algorithm not in ALGORITHMS:
+            raise Invalid(f"hash {self.algorithm!r}: one of {', '.join(ALGORITHMS)} is expected")
+        size = self.block_size
+        if size & (size - 1) or not _SMALLEST_BLOCK <= size <= _LARGEST_BLOCK:
+            raise Invalid(f"block size {size}: a power of two from 1024 to 65536 is expected")
+        if len(self.salt) > _SALT_MAX:
+            raise Invalid(f"a salt has at most {_SALT_MAX} bytes, not {len(self.salt)}")
+
+    def encode(self) -> str:
+        """Return them as a line of text: ``hash=sha256 block=4096 salt=``."""
+        return f"hash={self.algorithm} block={self.block_size} salt={self.salt.hex()}"
+
+    @classmethod
+    def decode(cls, text: str) -> Self:
+        """Return what a line of text says; what it leaves out has its default.
+
+        Raises:
+            Invalid: it can't be read, or as :meth:`require_valid`.
+        """
+        found: dict[str, Any] = {}
+        for word in text.split():
+            name, _, value = word.partition("=")
+            field = _FIELDS.get(name)
+            try:
+                found[field[0]] = field[1](value)  # type: ignore[index]
+            except (TypeError, ValueError):
+                raise Invalid(
+                    f"{word!r} is no parameter of a seal; write hash=sha512 block=4096 salt=00ff"
+                ) from None
+        made = cls(**found)
+        made.require_valid()
+        return made
+
+
+DEFAULT: Final = Parameters()
+_FIELDS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "hash": ("algorithm", str),
+    "block": ("block_size", int),
+    "salt": ("salt", bytes.fromhex),
+}
 
 
 class Descriptor(NamedTuple):
@@ -86,6 +142,11 @@ class Descriptor(NamedTuple):
         return cls(algorithm, 1 << log2, salt[:salt_size], size, root[: algorithm.digest_size])
 
     @property
+    def parameters(self) -> Parameters:
+        """How the file was hashed."""
+        return Parameters(self.algorithm.name, self.block_size, self.salt)
+
+    @property
     def digest(self) -> bytes:
         """The file's digest."""
         return hashlib.new(self.algorithm.name, self.encode()).digest()
@@ -104,15 +165,9 @@ class Hasher:
         """Start with an empty file.
 
         Raises:
-            Invalid: an unknown algorithm, a block size that is no power of two from 1 to 64 KiB,
-                or a salt of more than 32 bytes.
+            Invalid: as :meth:`Parameters.require_valid`.
         """
-        if algorithm not in ALGORITHMS:
-            raise Invalid(f"hash {algorithm!r}: one of {', '.join(ALGORITHMS)} is expected")
-        if block_size & (block_size - 1) or not _SMALLEST_BLOCK <= block_size <= _LARGEST_BLOCK:
-            raise Invalid(f"block size {block_size}: a power of two from 1024 to 65536 is expected")
-        if len(salt) > _SALT_MAX:
-            raise Invalid(f"a salt has at most {_SALT_MAX} bytes, not {len(salt)}")
+        Parameters(algorithm, block_size, salt).require_valid()
         self._algorithm = ALGORITHMS[algorithm]
         self._block_size = block_size
         self._salt = salt

@@ -2,6 +2,8 @@
 
 user.vfsmap.align     4K, 2M or 1G: the unit that a file's extents are laid out in; get, set, remove
 user.vfsmap.seal      set to anything: seal the file; get: its digest, as the fsverity tool has it
+user.vfsmap.sealing   get: how a sealed file was hashed, such as hash=sha512 block=4096 salt=00ff;
+                      user.vfsmap.seal can be set to that, too
 user.vfsmap.extents   get: one line for each extent, with file offset, pool offset and length
 user.vfsmap.level     get: the largest level whose entries can map all of the file
 user.vfsmap.socket    get: where the mapping daemon of this mount listens
@@ -18,12 +20,12 @@ from vfsmap.fs import FileSystem
 from vfsmap.fs.xattrs import XATTR_SIZE_MAX
 from vfsmap.mapping.layout import merge
 from vfsmap.units import LEVELS, Extent, format_size, parse_level
-from vfsmap.verity import Descriptor
+from vfsmap.verity import DEFAULT, Descriptor, Parameters
 
 _PREFIX = b"user.vfsmap."
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
-Seal = Callable[[int], Awaitable[object]]
-"""Seals a file of this inode number; it reads the whole file, a slice at a time."""
+Seal = Callable[[int, Parameters], Awaitable[object]]
+"""Seals a file of this inode number, hashed so; it reads the whole file, a slice at a time."""
 
 
 class VirtualXattrs:
@@ -36,6 +38,7 @@ class VirtualXattrs:
         self._getters: dict[bytes, Callable[[int], bytes]] = {
             _PREFIX + b"align": self._align,
             _PREFIX + b"seal": self._digest,
+            _PREFIX + b"sealing": self._parameters,
             _PREFIX + b"extents": self._extents,
             _PREFIX + b"level": self._level,
             _PREFIX + b"socket": self._where,
@@ -60,7 +63,7 @@ class VirtualXattrs:
 
         Raises:
             Denied: the attribute can't be set.
-            Invalid: the value is not an alignment.
+            Invalid: the value is not an alignment, or no parameters of a seal.
             Others as FileSystem.seal and FileSystem.set_align.
 
         Crash: sealed, or not; the old hint or the new one.
@@ -70,7 +73,8 @@ class VirtualXattrs:
             self._fs.set_align(ino, level.shift)
         elif name == _PREFIX + b"seal":
             self._fs.require_sealable(ino)
-            await self._seal(ino)
+            text = value.rstrip(b"\0\n").decode(errors="replace")
+            await self._seal(ino, Parameters.decode(text) if "=" in text else DEFAULT)
         else:
             raise Denied(f"the attribute {name.decode(errors='replace')} can't be set")
 
@@ -95,10 +99,16 @@ class VirtualXattrs:
         return format_size(1 << shift).encode()
 
     def _digest(self, ino: int) -> bytes:
+        return str(self._descriptor(ino)).encode()
+
+    def _parameters(self, ino: int) -> bytes:
+        return self._descriptor(ino).parameters.encode().encode()
+
+    def _descriptor(self, ino: int) -> Descriptor:
         descriptor = self._fs.seal_of(ino)
         if descriptor is None:
             raise NoData(f"inode {ino} is not sealed")
-        return str(Descriptor.decode(descriptor)).encode()
+        return Descriptor.decode(descriptor)
 
     def _extents(self, ino: int) -> bytes:
         lines = (" ".join(map(str, extent)) for extent in self._allocated(ino))

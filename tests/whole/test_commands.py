@@ -289,6 +289,36 @@ def test_map_tells_extents_and_page_sizes(server: Server) -> None:
     assert "not inside the file" in complaint("map", path, "--offset", "1G", code=2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--hash-alg=sha512",), ("--block-size=1024", "--salt=0102"), ("--block-size=65536",)],
+    ids=" ".join,
+)
+def test_a_file_is_sealed_with_the_digest_of_the_fsverity_tool(
+    server: Server, options: tuple[str, ...]
+) -> None:
+    path = server.directory / f"sealed{len(' '.join(options))}"
+    path.write_bytes(os.urandom(300_000))
+    wanted = subprocess.run(
+        ["fsverity", "digest", *options, path], capture_output=True, text=True, check=True
+    ).stdout
+    assert vfsmap("seal", *options, path).stdout == wanted
+    found = json.loads(vfsmap("verify", path, "--json").stdout)
+    assert found["digest"] == wanted.split()[0]
+    assert found["damaged_blocks"] == []
+
+
+def test_a_seal_with_parameters_that_make_no_sense_is_refused(server: Server) -> None:
+    path = server.directory / "unsealed"
+    path.write_bytes(b"x")
+    assert "power of two" in complaint("seal", "--block-size", "3000", path, code=2)
+    assert "'salt=0g' is no parameter" in complaint("seal", "--salt", "0g", path, code=2)
+    assert "at most 32 bytes, not 33" in complaint("seal", "--salt", "00" * 33, path, code=2)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.setxattr(path, "user.vfsmap.seal", b"hash=md5")
+    path.write_bytes(b"y")
+
+
 def test_damage_behind_a_seal_is_found_and_named_by_block(server: Server) -> None:
     path = server.directory / "damaged"
     path.write_bytes(os.urandom(3 * MIB))
@@ -381,7 +411,7 @@ def test_an_archive_brings_everything_back(server: Server, tmp_path: Path) -> No
     (tree / "sub" / "model").write_bytes(os.urandom(MIB) * 3)
     os.setxattr(tree / "sub", "user.vfsmap.align", b"2M")
     (tree / "sub" / "final").write_bytes(b"final")
-    vfsmap("seal", tree / "sub" / "final")
+    vfsmap("seal", tree / "sub" / "final", "--hash-alg", "sha512", "--salt", "00ff")
     vfsmap("export", "--quiet", tree, tmp_path / "archive.tar")
     back = server.directory / "back"
     back.mkdir()

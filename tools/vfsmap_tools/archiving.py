@@ -2,7 +2,7 @@
 
 The archive is POSIX pax.  Extended attributes are ``SCHILY.xattr.NAME`` headers, as GNU tar and
 bsdtar write them, so either can unpack it; alignment hints and digests of sealed files are headers
-of our own, ``VFSMAP.align`` and ``VFSMAP.seal``, which they ignore.
+of our own, ``VFSMAP.align``, ``VFSMAP.seal`` and ``VFSMAP.sealing``, which they ignore.
 """
 
 import errno
@@ -18,12 +18,13 @@ from rich.progress import Progress, TaskID
 
 from vfsmap.errors import Damaged, Invalid, NotFound
 from vfsmap_tools.console import errors_exit, progress
-from vfsmap_tools.copying import ALIGN_XATTR, SEAL_XATTR
+from vfsmap_tools.copying import ALIGN_XATTR, SEAL_XATTR, SEALING_XATTR
 
 PATH = click.Path(path_type=Path)
 _XATTR = "SCHILY.xattr."
 _ALIGN = "VFSMAP.align"
 _SEAL = "VFSMAP.seal"
+_SEALING = "VFSMAP.sealing"
 _TIMES = ("atime", "mtime")
 _ABSENT = (errno.ENODATA, errno.ENOTSUP)
 
@@ -107,6 +108,7 @@ class _Writer:
                 headers[_ALIGN] = align
             if info.isreg() and (seal := _value(path, SEAL_XATTR)):
                 headers[_SEAL] = seal
+                headers[_SEALING] = _value(path, SEALING_XATTR) or ""
         info.pax_headers = headers
         if info.isreg():
             with path.open("rb") as content:
@@ -166,7 +168,7 @@ class _Reader:
             os.mknod(target, kind | info.mode, os.makedev(info.devmajor, info.devminor))
         _set_attributes(target, info)
         if expected := info.pax_headers.get(_SEAL):
-            os.setxattr(target, SEAL_XATTR, b"1")
+            os.setxattr(target, SEAL_XATTR, info.pax_headers.get(_SEALING, "1").encode())
             if _value(target, SEAL_XATTR) != expected:
                 raise Damaged(f"{target} differs from what was sealed as {expected}")
 

@@ -16,6 +16,7 @@ from vfsmap_tools.console import LEVEL, errors_exit, progress
 PATH = click.Path(path_type=Path)
 ALIGN_XATTR = "user.vfsmap.align"
 SEAL_XATTR = "user.vfsmap.seal"
+SEALING_XATTR = "user.vfsmap.sealing"
 _PIECE = 1 << 20
 _NOT_COPIED = (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA)
 

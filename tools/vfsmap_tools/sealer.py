@@ -6,12 +6,17 @@ import trio
 
 from vfsmap.fs import FileSystem
 from vfsmap.units import MIB
-from vfsmap.verity import Descriptor, Hasher, Verifier
+from vfsmap.verity import DEFAULT, Descriptor, Hasher, Parameters, Verifier
 
 _SLICE = 8 * MIB
 
 
-async def seal_file(fs: FileSystem, sync: Callable[[], Awaitable[None]], ino: int) -> Descriptor:
+async def seal_file(
+    fs: FileSystem,
+    sync: Callable[[], Awaitable[None]],
+    ino: int,
+    parameters: Parameters = DEFAULT,
+) -> Descriptor:
     """Fix a file's content for ever, and return what fixes it; durable when it returns.
 
     Raises:
@@ -21,7 +26,9 @@ async def seal_file(fs: FileSystem, sync: Callable[[], Awaitable[None]], ino: in
     Crash: sealed, with its whole tree, or not sealed.
     """
     with fs.frozen(ino) as inode:
-        hasher = Hasher()
+        hasher = Hasher(
+            parameters.algorithm, block_size=parameters.block_size, salt=parameters.salt
+        )
         for offset in range(0, inode.size, _SLICE):
             piece = fs.read(ino, offset, _SLICE)
             await trio.to_thread.run_sync(hasher.feed, piece)

@@ -10,8 +10,8 @@ import vfsmap
 from vfsmap.daemon.client import connect, medium_of
 from vfsmap.errors import Damaged, Invalid
 from vfsmap.mapping.window import Window
-from vfsmap.units import MIB, Extent
-from vfsmap.verity import Descriptor, Verifier, blocks
+from vfsmap.units import KIB, MIB, Extent
+from vfsmap.verity import ALGORITHMS, Descriptor, Parameters, Verifier, blocks
 from vfsmap_tools.console import SIZE, errors_exit, json_option, print_facts, progress
 from vfsmap_tools.copying import SEAL_XATTR
 
@@ -22,14 +22,20 @@ _MOST_NAMED = 20
 
 @click.command("seal")
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--hash-alg", type=click.Choice(list(ALGORITHMS)), default="sha256", help="The hash function."
+)
+@click.option("--block-size", type=SIZE, default=4 * KIB, help="What is hashed at once: 4K.")
+@click.option("--salt", default="", metavar="HEX", help="Up to 32 bytes that go before each block.")
 @errors_exit
-def seal(files: tuple[Path, ...]) -> None:
+def seal(files: tuple[Path, ...], hash_alg: str, block_size: int, salt: str) -> None:
     """Fix the content of files for ever, and print their digests.
 
-    The digest is that of fs-verity: what `fsverity digest FILE` prints.
+    The digest is that of fs-verity: what `fsverity digest FILE` prints, with the same options.
     """
+    wanted = Parameters.decode(f"hash={hash_alg} block={block_size} salt={salt}")
     for file in files:
-        os.setxattr(file, SEAL_XATTR, b"1")
+        os.setxattr(file, SEAL_XATTR, wanted.encode().encode())
         print(f"{os.getxattr(file, SEAL_XATTR).decode()} {file}")
 
 
