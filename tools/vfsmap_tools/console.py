@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import ERROR
 from typing import Any, ParamSpec, TypeVar
 
 import click
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from vfsmap.errors import Invalid, VfsmapError
 from vfsmap.units import Level, format_size, parse_level, parse_size
+from vfsmap_tools.logs import for_journal, is_journal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,7 +69,8 @@ def json_option(command: Callable[P, R]) -> Callable[P, R]:
 
 def complain(error: VfsmapError | OSError | str) -> None:
     """Print what was wrong, in one line, where errors go."""
-    print(f"vfsmap: {error}", file=sys.stderr)
+    text = f"vfsmap: {error}"
+    print(for_journal(text, ERROR) if is_journal(sys.stderr) else text, file=sys.stderr)
 
 
 def errors_exit(command: Callable[P, R]) -> Callable[P, R]:

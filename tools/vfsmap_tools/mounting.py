@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import click
 
 from vfsmap.errors import Busy, Invalid, NotFound, VfsmapError
 from vfsmap_tools.console import complain, errors_exit
+from vfsmap_tools.logs import is_journal, log_to
 from vfsmap_tools.mounts import find_mount
 
 PATH = click.Path(path_type=Path)
@@ -222,7 +222,7 @@ def _start(arguments: list[str], **server: Any) -> None:
         [sys.executable, "-m", "vfsmap_tools.cli", *arguments, "--ready-fd", str(writer)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=None if is_journal(sys.stderr) else subprocess.DEVNULL,
         pass_fds=[writer],
         start_new_session=True,
         cwd="/",
@@ -248,9 +248,10 @@ def _serve(
 ) -> None:
     # here, not above: the doors are heavy, and the other commands do without them
     from vfsmap_fuse.mount import MountOptions
+    from vfsmap_tools.manager import notify, take_socket
     from vfsmap_tools.server import ServerOptions, run_server
 
-    _log_to(server["log"], verbose=server["verbose"])
+    log_to(server["log"], verbose=server["verbose"], background=ready_fd is not None)
     told = False
 
     def tell(line: str) -> None:
@@ -260,26 +261,23 @@ def _serve(
             os.close(ready_fd)
         told = True
 
+    def tell_ready() -> None:
+        tell("")
+        notify("READY=1", f"STATUS={pool} on {directory}" if directory else f"STATUS={pool}")
+
     try:
         chosen = ServerOptions(
             socket=server["socket"],
+            listener=take_socket(),
             group=server["group"],
             promise=server["promise"],
             read_only="ro" in words,
             mount=MountOptions.parse(words),
         )
-        run_server(pool, directory, chosen, ready=lambda: tell(""))
+        run_server(pool, directory, chosen, ready=tell_ready)
     except VfsmapError as exc:
         tell(json.dumps({"error": str(exc), "exit_code": exc.exit_code}))
         raise
     except BaseException as exc:
         tell(json.dumps({"error": f"{type(exc).__name__}: {exc}"}))
         raise
-
-
-def _log_to(path: Path | None, *, verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        filename=path,
-    )

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket as sockets
 import stat
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -20,6 +21,7 @@ from vfsmap.pmem.procmaps import mapped_ranges
 from vfsmap.pool import Pool
 from vfsmap_fuse.mount import MountOptions, mounted
 from vfsmap_tools.committer import Committer
+from vfsmap_tools.manager import notify, watched
 from vfsmap_tools.sealer import seal_file
 
 log = logging.getLogger("vfsmap")
@@ -32,6 +34,8 @@ class ServerOptions:
 
     socket: Path | None = None
     """Where the mapping daemon listens; None: beside other servers' sockets, by the pool's uuid."""
+    listener: sockets.socket | None = None
+    """A socket that listens already, and stays when we end."""
     group: str | None = None
     """A group whose members are trusted with direct mappings."""
     promise: str | None = None
@@ -67,7 +71,7 @@ def run_server(
         VfsmapError: the pool can't be opened, or the mount or the socket can't be made.
     """
     try:
-        trio.run(_serve, path, mountpoint, options, ready)
+        trio.run(_serve_watched, path, mountpoint, options, ready)
     except BaseExceptionGroup as group:
         # one thing went wrong, and the rest was cancelled for it
         raise _first(group) from group
@@ -77,6 +81,13 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+async def _serve_watched(
+    path: Path, mountpoint: Path | None, options: ServerOptions, ready: Callable[[], None]
+) -> None:
+    async with watched():
+        await _serve(path, mountpoint, options, ready)
 
 
 async def _serve(
@@ -93,7 +104,10 @@ async def _serve(
         if pool.writable:
             fs.withhold(mapped_ranges(pool.pmem))
             fs.end_orphans()
-        socket = options.socket or default_socket(pool)
+        if options.listener:
+            socket = Path(options.listener.getsockname())
+        else:
+            socket = options.socket or default_socket(pool)
         committer = Committer(pool)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
@@ -106,6 +120,7 @@ async def _serve(
             serve_mapping,
             fs,
             socket_path=socket,
+            listener=options.listener,
             group=options.group,
             sync=committer.sync,
             seal=seal,
@@ -132,6 +147,7 @@ async def _serve(
 async def _stop_on_signal(scope: trio.CancelScope) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
+            notify("STOPPING=1")
             scope.cancel()
             return
 

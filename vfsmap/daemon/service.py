@@ -2,6 +2,7 @@
 
 import grp
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -307,6 +308,7 @@ async def serve_mapping(
     fs: FileSystem,
     *,
     socket_path: Path,
+    listener: socket.socket | None = None,
     sync: Callable[[], Awaitable[None]],
     seal: Callable[[int], Awaitable[object]],
     group: str | None = None,
@@ -320,6 +322,7 @@ async def serve_mapping(
     Args:
         fs: the file system, which this loop's thread owns.
         socket_path: where to listen.
+        listener: a socket that listens there already, and stays; None: one is made.
         sync: makes what was done durable.
         seal: seals the inode of a number, and returns its digest.
         group: whose members are trusted as root and the pool's owner are.
@@ -343,10 +346,10 @@ async def serve_mapping(
         statistics=statistics,
     )
     try:
-        with listening(socket_path) as listener:
+        with listener or listening(socket_path) as door:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.tend)
                 task_status.started()
-                await Server(service, closer, limits).run(listener)
+                await Server(service, closer, limits).run(door)
     finally:
         service.close()
