@@ -10,7 +10,7 @@ from vfsmap.pstore import Geometry, Recorder, Region, format_region
 from vfsmap.pstore.geometry import Order
 from vfsmap.pstore.reader import read_files
 from vfsmap.testing.commands import served_pool
-from vfsmap.testing.guest import NVDIMM, SEND, run_guest
+from vfsmap.testing.guest import NVDIMM, SEND, TOLD, run_guest
 from vfsmap.testing.media import tmpfs
 from vfsmap.testing.spoilt import spoil_region
 from vfsmap.units import KIB, MIB
@@ -24,7 +24,7 @@ PANIC = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60
 TELL = f"""
 {SEND}
 cd /sys/fs/pstore
-for file in *; do [ -f "$file" ] && send "$file"; done > /dev/ttyS1
+for file in *; do [ -f "$file" ] && send "$file"; done > {TOLD}
 """
 
 
@@ -116,7 +116,7 @@ while [ $i -lt COUNT ]; do
     cd /sys/fs/pstore
     for file in *; do
         [ -f "$file" ] && {{ echo "== $i/$file"; base64 "$file"; echo "== end"; }}
-    done > /dev/ttyS1
+    done > {TOLD}
     cd /
     umount /sys/fs/pstore
     rmmod ramoops
