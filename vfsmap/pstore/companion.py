@@ -9,6 +9,9 @@ nothing to the kernel.  One page per region file and user, named after the file'
 Whoever can write a mutex can crash those who use it, so only processes of one user share one, and
 two users can't write to a region at the same time: each holds a shared flock() on the user's own
 page as long as it has the region open, and finds by it that another user is there.
+
+Who is the last to close a region removes its page, unless it was forked meanwhile: a child then
+still uses the page, by the same descriptor, and its flock() can't be told from the parent's.
 """
 
 import fcntl
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
+from weakref import WeakSet
 
 from vfsmap.errors import Busy, NoSpace, Unsupported
 from vfsmap.pmem.mutex import SIZE, Grip, Mutex
@@ -30,12 +34,15 @@ _PAGE: Final = mmap.PAGESIZE
 class Companion:
     """The shared page of one region; ``fd`` holds its flock() and is closed with it."""
 
-    def __init__(self, memory: mmap.mmap, fd: int = -1) -> None:
+    def __init__(self, memory: mmap.mmap, path: Path | None = None, fd: int = -1) -> None:
+        self._path = path
         self._fd = fd
         self._view = memoryview(memory)
         self.mutex = Mutex(self._view[:SIZE])
         self.flight = self._view[SIZE : SIZE + 24].cast("Q")
         """Zone + 1, offset and count of the write with ECC that is under way."""
+        self.forked = False
+        _companions.add(self)
 
     @classmethod
     def alone(cls) -> Self:
@@ -55,20 +62,25 @@ class Companion:
         path = _name(key, f"-{os.geteuid()}")
         fd = _open(path)
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
             for other in _HOME.glob(_name(key, "-*").name):
                 if other != path and _in_use(other):
                     raise Busy(f"another user's process writes to the region: it holds {other}")
-            return cls(mmap.mmap(fd, _PAGE), fd)
+            return cls(mmap.mmap(fd, _PAGE), path, fd)
         except BaseException:
             os.close(fd)
             raise
 
     def close(self) -> None:
         """Tell other users that the region is free."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._fd < 0:
+            return
+        if self._path and not self.forked:
+            with suppress(OSError):  # somebody has the region open
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._path.unlink()
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping keeps a descriptor of its own
+        os.close(self._fd)
+        self._fd = -1
 
     @contextmanager
     def locked(self, recover: Callable[[], None]) -> Iterator[None]:
@@ -95,6 +107,17 @@ class Companion:
                 self.mutex.mend()
 
 
+_companions: WeakSet[Companion] = WeakSet()
+
+
+def _note_fork() -> None:
+    for companion in _companions:
+        companion.forked = True
+
+
+os.register_at_fork(after_in_parent=_note_fork, after_in_child=_note_fork)
+
+
 def fault_file(key: tuple[int, int], pid: int) -> Path:
     """Return the name of the file in which a process notes its fatal signals."""
     return _name(key, f"-fault-{pid}")
@@ -106,6 +129,7 @@ def _name(key: tuple[int, int], suffix: str) -> Path:
 
 
 def _open(path: Path) -> int:
+    """Open a user's page, made if need be, and hold its flock()."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -118,7 +142,10 @@ def _open(path: Path) -> int:
         if status.st_uid != os.geteuid() or status.st_size < _PAGE:
             os.close(fd)
             raise Busy(f"{path} belongs to user {status.st_uid}; remove it")
-        return fd
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # its last user has just removed it
 
 
 def _create(path: Path) -> None:
