@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from vfsmap.pstore import Recorder, Region
 from vfsmap.testing.regions import load_sample
 from vfsmap_tools.pstore import pstore
-from vfsmap_tools.pstore_follow import grow
+from vfsmap_tools.pstore_follow import grow, settle
 
 RUN = [sys.executable, "-m", "vfsmap_tools.pstore", "run"]
 SAMPLES = Path(__file__).parents[1] / "data/ramoops"
@@ -118,6 +118,19 @@ def test_show_marks_records_as_read_and_peek_does_not(file: Path) -> None:
     call("show", file)
     assert ask("ls", file)[0]["read"] == "yes"
     assert ask("info", file)["unread"] == 0
+
+
+def test_looking_at_a_region_of_a_kernel_changes_no_byte_of_it(
+    sample: Path, tmp_path: Path
+) -> None:
+    before = sample.read_bytes()
+    call("show", sample)
+    call("ls", sample)
+    call("info", sample)
+    call("extract", sample, tmp_path / "out")
+    call("export", sample, tmp_path / "copy")
+    assert sample.read_bytes() == before
+    assert {fact["read"] for fact in ask("ls", sample)} == {"no", ""}
 
 
 def test_erase_removes_what_is_named_or_all(file: Path) -> None:
@@ -236,12 +249,41 @@ def test_run_of_no_command_says_so_as_a_shell_does(file: Path) -> None:
     assert b"/nowhere/command" in done.stderr
 
 
+def test_line_that_is_being_written_is_shown_and_followed_whole_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    call("format", path, "--size=64K", "--record=8K", "--console=16K", "--pmsg=8K", "--ecc=16")
+    line = b"a line that is long enough to take a while " * 8 + b"\n"
+    writer = os.fork()
+    if not writer:
+        try:
+            with Recorder(path, watch=False) as recorder:
+                while True:
+                    recorder.console(line)
+        finally:
+            os._exit(1)
+    try:
+        with Region.open(path, writable=True) as region:
+            zone = region.zone("console")
+            assert zone
+            seen = grow(zone, lambda: settle(region))
+            told = b""
+            while len(told) < 20 * zone.capacity:
+                told += next(seen)
+                console = [file for file in region.files() if file.kind == "console"]
+                assert all(file.corrected == file.bad == 0 for file in console)
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+
+
 def test_followed_zone_tells_what_was_added_also_around_the_end(file: Path) -> None:
-    with Recorder(file, watch=False) as recorder, Region.open(file) as region:
+    with Recorder(file, watch=False) as recorder, Region.open(file, writable=True) as region:
         zone = region.zone("console")
         assert zone
         recorder.console("before\n")
-        seen = grow(zone)
+        seen = grow(zone, lambda: settle(region))
         told = next(seen) + next(seen)
         written = b"before\n"
         for n in range(900):

@@ -146,7 +146,7 @@ def show(
     """Print one file, or all of them, and mark the crash records among them as read."""
     if follow:
         kind = (name or "console").removesuffix("-ramoops-0")
-        with open_region(file, geometry, writable=False) as region:
+        with open_to_read(file, geometry) as region:
             follow_zone(region, kind, as_json=as_json)
         return
     symbols = Symbols.load(kallsyms) if kallsyms else None
@@ -397,9 +397,7 @@ def print_files(files: list[File], *, titled: bool) -> None:
 def mark_read(region: Region, files: list[File]) -> None:
     """Mark crash records as read, where the region can be written."""
     if region.writable:
-        for shown in files:
-            if shown.kind == "dmesg":
-                region.mark_read(shown.name)
+        region.mark_read(*(shown.name for shown in files if shown.kind == "dmesg"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vfsmap.errors import Invalid, NotFound
@@ -21,7 +21,7 @@ def follow_zone(region: Region, kind: str, *, as_json: bool) -> None:
     if zone is None:
         raise NotFound(f"the region has no {kind} zone")
     try:
-        for piece in grow(zone):
+        for piece in grow(zone, lambda: settle(region)):
             if as_json:
                 print(json.dumps({"text": piece.decode(errors="replace")}), flush=True)
             else:
@@ -33,13 +33,24 @@ def follow_zone(region: Region, kind: str, *, as_json: bool) -> None:
         pass
 
 
-def grow(zone: Zone) -> Iterator[bytes]:
+def settle(region: Region) -> None:
+    """Wait until whatever is being written to a region is there whole."""
+    if region.writable:
+        with region.locked():
+            return
+    time.sleep(_PAUSE)  # no lock to be had; a write takes some microseconds
+
+
+def grow(zone: Zone, settle: Callable[[], None]) -> Iterator[bytes]:
     """Yield a zone's content, then what was added since; nothing while nothing was.
 
-    More than a whole ring between two looks is lost, and can't be told from less.
+    A header is ahead of its data while a line is being written: so whatever a header tells is
+    read only after ``settle``.  More than a whole ring between two looks is lost, and can't be
+    told from less.
     """
     at, size = zone.start, zone.size
-    yield zone.read()
+    settle()
+    yield (bytes(zone.data[at:]) if size == zone.capacity else b"") + bytes(zone.data[:at])
     while True:
         start, now = zone.start, zone.size
         if now < size or start > zone.capacity:  # erased, and perhaps begun anew
@@ -48,6 +59,7 @@ def grow(zone: Zone) -> Iterator[bytes]:
         if at == start:
             yield b""
             continue
+        settle()
         data = zone.data
         yield bytes(data[at:start]) if at < start else bytes(data[at:]) + bytes(data[:start])
         at = start

@@ -149,9 +149,9 @@ class Margin:
 
     @property
     def usable(self) -> bool:
-        """Whether there is a margin, and no record reaches into it."""
+        """Whether there is a margin, and certainly no record that reaches into it."""
         zone = self._zone
-        return self._base < zone.capacity and (not zone.valid or zone.size <= self._base)
+        return self._base < zone.capacity and zone.valid and zone.size <= self._base
 
     def read_ledger(self) -> tuple[Ledger, Mark] | None:
         """Return the newer of the two slots; None: there is none."""

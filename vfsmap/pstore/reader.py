@@ -8,7 +8,7 @@ zone that holds a header and nothing else it shows no file at all.
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from vfsmap.errors import Damaged, Invalid
+from vfsmap.errors import Invalid
 from vfsmap.pstore.compress import inflate
 from vfsmap.pstore.ftrace import format_calls, merge, parse_calls
 from vfsmap.pstore.geometry import Geometry, Kind, Place
@@ -74,12 +74,8 @@ def read_files(
 def read_logs(view: memoryview, geometry: Geometry) -> Iterator[tuple[Place, Log, int]]:
     """Yield each zone that holds something, its content and its capacity."""
     for place in geometry.places:
-        copy = bytearray(view[place.offset : place.offset + place.size])
-        zone = Zone(place, memoryview(copy), geometry.ecc)
-        try:
-            log = zone.attach()
-        except Damaged:
-            continue  # the kernel would format it
+        zone = Zone(place, view[place.offset : place.offset + place.size], geometry.ecc)
+        log = zone.recall()
         if log.data:
             yield place, log, zone.capacity
 

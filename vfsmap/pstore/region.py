@@ -106,8 +106,17 @@ class Region:
         return next((zone for zone in self.zones if zone.place.kind == kind), None)
 
     def files(self, symbols: Symbols | None = None) -> list[File]:
-        """Return what /sys/fs/pstore would show, in the kernel's order."""
-        return read_files(self.view, self.geometry, symbols)
+        """Return what /sys/fs/pstore would show, in the kernel's order.
+
+        Of a region that is open for reading only, a line that is being written may be torn.
+        """
+        return read_files(self._snapshot(), self.geometry, symbols)
+
+    def _snapshot(self) -> memoryview:
+        if self.companion is None:
+            return self.view
+        with self.locked():
+            return memoryview(bytes(self.view[: self.geometry.size]))
 
     def file(self, name: str, symbols: Symbols | None = None) -> File:
         """Return one of the files.
@@ -165,15 +174,17 @@ class Region:
         with self.locked():
             return _record(self._shelf.put(reason, self._tail() + text, compression))
 
-    def mark_read(self, name: str) -> None:
-        """Note that a dmesg record was read: from now on a new one may take its place.
+    def mark_read(self, *names: str) -> None:
+        """Note that dmesg records were read: from now on new ones may take their place.
+
+        In a region that only kernels have written, nothing is noted.
 
         Crash: noted or not.
         """
+        records = {name.removesuffix(".enc.z") for name in names}
         with self.locked():
-            for entry in self._shelf.entries():
-                if _record(entry.number) == name.removesuffix(".enc.z"):
-                    self._shelf.mark_read(entry.number)
+            every = range(self.geometry.records)
+            self._shelf.mark_read({number for number in every if _record(number) in records})
 
     def set_policy(self, *, overwrite: bool) -> None:
         """Say whether the oldest unread record makes room for a new one.

@@ -7,10 +7,10 @@ All of it happens under the region's lock.
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Final, NamedTuple
 
-from vfsmap.errors import Invalid, NoSpace, NotFound
+from vfsmap.errors import Damaged, Invalid, NoSpace, NotFound
 from vfsmap.pstore.compress import inflate
 from vfsmap.pstore.geometry import Geometry
 from vfsmap.pstore.margin import NO_MARK, Ledger, Margin, Mark, record_room, renew
@@ -55,19 +55,22 @@ class Shelf:
     @property
     def ledger(self) -> Ledger:
         """The newest ledger; of a region without one, what a look at the records tells."""
-        found = [margin.read_ledger() for margin in self.margins]
-        ledgers = [pair[0] for pair in found if pair and pair[0].geometry == self._geometry]
-        newest = max(ledgers, key=lambda ledger: ledger.serial, default=None)
+        newest = self._find_ledger()
         if newest is None:
             counter = max(map(self._count, self._zones), default=0)
             newest = Ledger(self._geometry, counter=counter)
         return newest
 
+    def _find_ledger(self) -> Ledger | None:
+        found = [margin.read_ledger() for margin in self.margins]
+        ledgers = [pair[0] for pair in found if pair and pair[0].geometry == self._geometry]
+        return max(ledgers, key=lambda ledger: ledger.serial, default=None)
+
     def entries(self) -> list[Entry]:
         """Return the records, oldest first."""
         entries = []
         for number, zone in enumerate(self._zones):
-            log = zone.read() if zone.valid else b""
+            log = zone.recall().data
             header = parse_header(log)
             if header:
                 mark = Mark(len(log), zlib.crc32(log))
@@ -80,12 +83,15 @@ class Shelf:
         Raises:
             NoSpace: every zone holds an unread record, and the policy is to keep them.
             NotFound: the region has no dmesg zones.
+            Damaged: what is there in their place are no such zones.
             Invalid: they are too small for any record.
 
         Crash: the new record whole or absent; the record it replaces, if any, may be gone already.
         """
         if not self._zones:
             raise NotFound("the region has no dmesg zones; format it with a record size")
+        for zone in self._zones:
+            zone.mend_header()
         number, unread = self._choose()
         zone = self._zones[number]
         now = time.time_ns()
@@ -109,16 +115,19 @@ class Shelf:
         self._persist()
         return number
 
-    def mark_read(self, number: int) -> None:
-        """Note that the record in a zone was read, so that a new one may take its place.
+    def mark_read(self, numbers: Container[int]) -> None:
+        """Note that the records in these zones were read, so that new ones may take their place.
 
-        Nothing is noted of a record that fills its zone (a kernel's; ours leave the margin free).
+        Nothing is noted of a record that fills its zone (a kernel's; ours leave the margin free),
+        and nothing at all in a region without a ledger: there only kernels have written, and a
+        look at it changes no byte.
 
         Crash: noted or not.
         """
-        for entry in self.entries():
-            if entry.number == number and not entry.read:
-                self._store(renew(self.ledger), {number: entry.mark})
+        ledger = self._find_ledger()
+        read = [e for e in self.entries() if e.number in numbers and not e.read]
+        if ledger and read:
+            self._store(renew(ledger), {entry.number: entry.mark for entry in read})
 
     def set_policy(self, *, overwrite: bool) -> None:
         """Say what happens when all records are unread.
@@ -131,9 +140,11 @@ class Shelf:
         """Return the zone that the next record goes to, and whether that loses an unread one."""
         entries = self.entries()
         taken = {entry.number for entry in entries}
-        for number in range(len(self._zones)):
-            if number not in taken:
+        for number, zone in enumerate(self._zones):
+            if zone.signed and number not in taken:
                 return number, False
+        if not entries:
+            raise Damaged("no dmesg zone has a signature of one; format the region")
         for entry in entries:
             if entry.read:
                 return entry.number, False
@@ -156,7 +167,7 @@ class Shelf:
 
     def _count(self, zone: Zone) -> int:
         """Return the number in a record's title, 0 when there is none."""
-        log = zone.read() if zone.valid else b""
+        log = zone.recall().data
         header = parse_header(log)
         if header is None:
             return 0

@@ -48,18 +48,21 @@ class Zone:
         if sys.byteorder != "little":
             raise Unsupported("pstore regions are written by little-endian machines only")
         self.place = place
+        self._view = view[: place.size]
         self.capacity = capacity(place.size, ecc)
         self._head = view[:HEADER]
         self._words = self._head.cast("I")
         self.data = view[HEADER : HEADER + self.capacity]
         self._parity = view[HEADER + self.capacity : place.size]
         self._header_parity = view[place.size - ecc : place.size]
+        self._ecc = ecc
         self._code = Code(ecc) if ecc else None
         self._suspect: set[int] | None = None  # blocks whose parity may be wrong; None: all
 
     def release(self) -> None:
         """Let go of the buffer."""
-        for view in (self._words, self._head, self.data, self._parity, self._header_parity):
+        parts = (self._words, self._head, self.data, self._parity, self._header_parity)
+        for view in (*parts, self._view):
             view.release()
 
     @property
@@ -138,15 +141,34 @@ class Zone:
 
         Crash: the old header, the repaired one, or an empty zone.
         """
-        errors = 0
-        if self._code:
-            head, errors = self._code.repair(bytes(self._head), bytes(self._header_parity))
-            if errors > 0:
-                self._head[:] = head
+        errors = self.mend_header()
         self._require_signed()
         if not self.valid:
             self.zap()
         return errors
+
+    def mend_header(self) -> int:
+        """Repair the header if ECC can; return the bytes mended, -1 if it could not.
+
+        Crash: the old header or the repaired one, which mean the same.
+        """
+        if self._code is None:
+            return 0
+        head, errors = self._code.repair(bytes(self._head), bytes(self._header_parity))
+        if errors > 0:
+            self._head[:] = head
+        return errors
+
+    def recall(self) -> Log:
+        """Return what :meth:`attach` would, and leave the medium alone; nothing of an alien zone.
+
+        The kernel would format a zone whose signature is not one of its kind.
+        """
+        copy = Zone(self.place, memoryview(bytearray(self._view)), self._ecc)
+        try:
+            return copy.attach()
+        except Damaged:
+            return Log(b"", 0, 0)
 
     def _require_signed(self) -> None:
         if not self.signed:
