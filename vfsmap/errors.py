@@ -38,6 +38,12 @@ class NotFound(VfsmapError, LookupError):
     errno = linux.ENOENT
 
 
+class Stale(NotFound):
+    """The thing was there, and is gone: somebody else has ended it meanwhile."""
+
+    errno = linux.ESTALE
+
+
 class Exists(VfsmapError):
     """The named thing exists already."""
 

@@ -1,6 +1,6 @@
 """Where a file's bytes lie: its extents in order, and changes to them as records."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -35,6 +35,23 @@ class FileMap:
         self.pieces = pieces
         self.allocated = allocated
         """Bytes of the pool that the file owns: the sum of the pieces' lengths."""
+
+    def insert(self, piece: Piece) -> None:
+        """Add a piece that the pool's log tells of."""
+        insort(self.pieces, piece)
+        self.allocated += piece.length
+
+    def remove(self, piece: Piece) -> None:
+        """Take a piece away that the pool's log has ended.
+
+        Raises:
+            LookupError: there is no such piece.
+        """
+        at = bisect_left(self.pieces, piece)
+        if self.pieces[at] != piece:
+            raise LookupError(f"there is no piece {piece}")
+        del self.pieces[at]
+        self.allocated -= piece.length
 
     def overlapping(self, offset: int, end: int) -> Iterator[Extent]:
         """Yield what lies in the range, cut to it."""

@@ -184,6 +184,22 @@ class Pmem:
         except OSError as exc:
             raise _translated(exc, f"can't map {self.path}") from exc
 
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a copy of a range; it is shorter where the file ends.
+
+        Where the file has a hole this reads zeros; looking at :attr:`view` would take a page there,
+        or raise SIGBUS when the file system below has none.
+
+        Raises:
+            MediumError: the medium can't be read.
+        """
+        if not self.medium.can_punch:  # a device, which can only be mapped
+            return bytes(self.view[offset : offset + length])
+        try:
+            return os.pread(self.fd, length, offset)
+        except OSError as exc:
+            raise MediumError(f"can't read {self.path}: {exc.strerror}") from exc
+
     def store(self, offset: int, data: bytes | memoryview | bytearray) -> None:
         """Copy ``data`` to ``offset``.
 

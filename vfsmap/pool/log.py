@@ -26,6 +26,11 @@ class Place(NamedTuple):
     length: int
 
 
+def batch_checksum(head: bytes, body: bytes | memoryview, salt: int) -> int:
+    """Return a batch's checksum; ``head`` is its header with 0 in the checksum's place."""
+    return zlib.crc32(body, zlib.crc32(head, salt))
+
+
 class LogHalf:
     """Where batches of one generation go, one behind the other."""
 
@@ -55,7 +60,7 @@ class LogHalf:
         end = at + BATCH.size + len(body)
         assert end <= self._end, "a batch that does not fit would overwrite what is behind"
         head = BATCH.pack(BATCH_MAGIC, 0, self.generation, self.sequence, end - at, next_oid)
-        checksum = zlib.crc32(body, zlib.crc32(head, self._salt))
+        checksum = batch_checksum(head, body, self._salt)
         self._pmem.store(at, b"%b%b%b%b" % (head[:4], _CHECKSUM.pack(checksum), head[8:], body))
         self.tail = end
         self.sequence += 1
@@ -101,7 +106,7 @@ class LogHalf:
             return None
         head = BATCH.pack(BATCH_MAGIC, 0, generation, found, length, next_oid)
         body = view[at + BATCH.size : at + length]
-        if zlib.crc32(body, zlib.crc32(head, self._salt)) != checksum:
+        if batch_checksum(head, body, self._salt) != checksum:
             return None
         return length, next_oid
 

@@ -35,6 +35,7 @@ def rewrite(pmem: Pmem, found: Scan, objects: Mapping[int, bytes], next_oid: int
         for at in SUPERBLOCKS:  # every word that was right stays so, whatever a crash tears
             pmem.store(at, raw)
             pmem.persist(at, len(raw))
+    found.superblock.epoch += 1  # tells followers that the new half holds other objects
     journal = Journal(pmem, found.superblock)
     journal.objects = dict(objects)
     journal.live = sum(map(len, objects.values()))

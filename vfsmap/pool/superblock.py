@@ -41,8 +41,10 @@ def _inside(start: int, length: int, size: int) -> bool:
     return whole_blocks and start >= FIRST_FREE and 0 < length <= size - start
 
 
-def load(view: memoryview) -> tuple[Superblock, list[str]]:
+def load(view: memoryview, pool_bytes: int | None = None) -> tuple[Superblock, list[str]]:
     """Return the superblock that holds, and a complaint for each copy that can't be used.
+
+    ``view`` shows the file, or its beginning; then ``pool_bytes`` says how long the file is.
 
     A copy that is only older, as a crash between the two writes leaves it, is a complaint too, so
     that a writer knows it has to be written again.
@@ -54,7 +56,7 @@ def load(view: memoryview) -> tuple[Superblock, list[str]]:
     copies, complaints = [], []
     for at in SUPERBLOCKS:
         raw = bytes(view[at : at + SIZE])
-        if wrong := problem(raw, len(view)):
+        if wrong := problem(raw, len(view) if pool_bytes is None else pool_bytes):
             complaints.append(f"superblock at {at:#x}: {wrong}")
         else:
             copies.append((at, Superblock.from_buffer_copy(raw)))

@@ -26,9 +26,11 @@ def scratch() -> Iterator[Path]:
         yield Path(name)
 
 
-def open_pmem(path: Path, medium: Medium = STORED) -> Pmem:
-    """Open a file for writing as if it lay on ``medium``; nobody is locked out."""
-    return Pmem(os.open(path, os.O_RDWR | os.O_CLOEXEC), path, writable=True, medium=medium)
+def open_pmem(path: Path, medium: Medium = STORED, *, writable: bool = True) -> Pmem:
+    """Open a file as if it lay on ``medium``; nobody is locked out."""
+    flags = os.O_RDWR if writable else os.O_RDONLY
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    return Pmem(fd, path, writable=writable, medium=medium)
 
 
 def make_pool(

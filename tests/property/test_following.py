@@ -1,0 +1,83 @@
+"""A follower beside its writer: whatever is done, it has what a fresh look finds."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from vfsmap.fs import FollowedFileSystem
+from vfsmap.fs.following import FileSystem
+from vfsmap.pmem import Medium
+from vfsmap.pool import Pool
+from vfsmap.testing.oracle import snapshot
+from vfsmap.testing.pools import FLUSHED, GROUPED, STORED, killed_fs, make_fs, open_pmem, scratch
+from vfsmap.testing.workload import Context, drawn, perform, plant
+from vfsmap.units import KIB, MIB
+
+MEDIA = [STORED, FLUSHED, GROUPED]
+
+
+@pytest.fixture
+def tiny_log() -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(patch("vfsmap.pool.journal.RESERVE", KIB))
+        stack.enter_context(patch("vfsmap.pool.journal._SLICE", 512))
+        stack.enter_context(patch("vfsmap.pool.checkpoint._SLICE", KIB))
+        yield
+
+
+def facts(fs: FileSystem) -> dict[str, Any]:
+    """All that a reader can learn, and what the index is to be."""
+    shown = snapshot(fs)
+    return {
+        "shown": shown,
+        "objects": dict(fs.pool.objects),
+        "count": fs.inode_count,
+        "live": fs.pool.journal.live,
+        "next": fs.pool.next_oid,
+        "size": fs.pool.size,
+        "free": sorted(fs.pool.space.runs()),
+        "blocks": {ino: fs.get(ino).blocks for ino in shown.files},
+        "parents": {ino: fs.parent(ino) for ino in shown.files if fs.get(ino).is_directory},
+        "read": {
+            ino: bytes(fs.read(ino, 0, 1 << 24)) for ino in shown.files if fs.get(ino).is_file
+        },
+    }
+
+
+def fresh(path: Path, medium: Medium) -> dict[str, Any]:
+    with FileSystem(Pool(open_pmem(path, medium, writable=False))) as fs:
+        return facts(fs)
+
+
+@pytest.mark.parametrize("medium", MEDIA, ids=lambda medium: medium.name)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("tiny_log")
+def test_a_follower_has_what_a_fresh_look_finds(seed: int, medium: Medium) -> None:
+    rng = random.Random(seed)
+    with scratch() as directory:
+        path = directory / "pool"
+        fs = make_fs(path, 24 * MIB, medium, log=8 * KIB)
+        plant(fs)
+        fs.pool.sync()
+        first = fs.pool.journal.superblock.epoch
+        followed = FollowedFileSystem(Pool(open_pmem(path, medium, writable=False)))
+        context = Context(fs, random.Random(seed))
+        for name in drawn(seed, 200, grouped=medium is GROUPED):
+            perform(context, name)
+            if rng.random() < 0.1:
+                context.pool.sync()
+            if rng.random() < 0.03:
+                context.pool.journal.compact()
+            if rng.random() < 0.02:
+                context = Context(killed_fs(context.fs), context.rng)
+            if rng.random() < 0.15:
+                followed.refresh()
+                assert facts(followed) == fresh(path, medium), name
+        assert context.pool.journal.superblock.epoch > first + 2
+        followed.close()
+        context.fs.close()
