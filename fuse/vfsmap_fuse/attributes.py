@@ -25,11 +25,11 @@ class Changes(TypedDict, total=False):
     ctime_ns: int
 
 
-def entry_of(inode: Inode) -> EntryAttributes:
-    """Return what the kernel is told about an inode."""
+def entry_of(inode: Inode, keep: float = FOREVER) -> EntryAttributes:
+    """Return what the kernel is told about an inode, and may believe for ``keep`` seconds."""
     entry = EntryAttributes()
     entry.st_ino = inode.ino
-    entry.entry_timeout = entry.attr_timeout = FOREVER
+    entry.entry_timeout = entry.attr_timeout = keep
     entry.st_mode = inode.mode
     entry.st_nlink = inode.nlink
     entry.st_uid = inode.uid
@@ -44,11 +44,11 @@ def entry_of(inode: Inode) -> EntryAttributes:
     return entry
 
 
-def no_entry() -> EntryAttributes:
-    """Return what makes the kernel remember that a name does not exist."""
+def no_entry(keep: float = FOREVER) -> EntryAttributes:
+    """Return what makes the kernel remember for so long that a name does not exist."""
     entry = EntryAttributes()
     entry.st_ino = 0
-    entry.entry_timeout = FOREVER
+    entry.entry_timeout = keep
     return entry
 
 

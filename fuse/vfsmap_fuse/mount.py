@@ -14,22 +14,28 @@ import pyfuse3
 import trio
 
 from vfsmap.errors import Busy, Denied, Invalid, NotADirectory, NotFound, Unsupported
-from vfsmap.fs import FileSystem
+from vfsmap.fs import FileSystem, FollowedFileSystem
 from vfsmap.pmem.libc import syncfs
 from vfsmap.tally import Tallies
 from vfsmap.units import KIB, MIB
+from vfsmap_fuse.following import FollowingOperations
 from vfsmap_fuse.operations import Operations, Sync
 from vfsmap_fuse.poll import busy_polling
 from vfsmap_fuse.xattr import Seal
 
 log = logging.getLogger("vfsmap.fuse")
 READ_AHEAD: Final = 4 * MIB
+DIRECT: Final = "vfsmap"
+FOLLOWED: Final = "vfsmap-follow"
+"""What the kernel's mount table calls a mount, behind ``fuse.``"""
 _PATIENCE: Final = 30
 """Seconds that a mount may take to answer, or to write back what the kernel still keeps."""
 _KERNEL_OPTIONS: Final = frozenset(
     ("dev", "nodev", "suid", "nosuid", "exec", "noexec", "atime", "noatime", "sync", "dirsync")
 )
-_OWN_OPTIONS: Final = frozenset(("ro", "allow_other", "writeback", "nobusypoll", "sloppy"))
+_OWN_OPTIONS: Final = frozenset(
+    ("ro", "follow", "allow_other", "writeback", "nobusypoll", "sloppy")
+)
 _PASSED_OVER: Final = frozenset(
     ("rw", "defaults", "default_permissions", "async", "relatime", "loud", "silent")
 )
@@ -46,6 +52,8 @@ class MountOptions:
     """How a pool is mounted."""
 
     read_only: bool = False
+    follow: bool = False
+    """Follow what another process writes to the pool; read-only, and without a mapping daemon."""
     allow_other: bool = False
     """Let other users in; root always does, as with any file system that root mounts."""
     writeback: bool = False
@@ -74,7 +82,8 @@ class MountOptions:
                 f"there is no mount option {unknown[0]!r}; use {', '.join(sorted(known))}"
             )
         return cls(
-            read_only="ro" in given,
+            read_only=not given.isdisjoint(("ro", "follow")),
+            follow="follow" in given,
             allow_other="allow_other" in given,
             writeback="writeback" in given,
             busy_poll="nobusypoll" not in given,
@@ -85,7 +94,8 @@ class MountOptions:
         """Return the options as libfuse takes them."""
         # libfuse cuts its options at commas
         source = str(pool).replace("\\", "\\\\").replace(",", "\\,")
-        words = {"default_permissions", "auto_unmount", f"fsname={source}", "subtype=vfsmap"}
+        kind = FOLLOWED if self.follow else DIRECT
+        words = {"default_permissions", "auto_unmount", f"fsname={source}", f"subtype={kind}"}
         if self.read_only:
             words.add("ro")
         if self.allow_other or os.geteuid() == 0:
@@ -228,7 +238,8 @@ async def mounted(
         Busy: a mount was left behind there; or the mount failed, or did not answer.
     """
     fs.noatime = "noatime" in options.kernel
-    operations = Operations(
+    kind = FollowingOperations if isinstance(fs, FollowedFileSystem) else Operations
+    operations = kind(
         fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback, tallies=tallies
     )
     _require_mountable(mountpoint, options)

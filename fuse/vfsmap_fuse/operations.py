@@ -27,7 +27,14 @@ from vfsmap.errors import NoSpace, NotFound, Sealed, VfsmapError
 from vfsmap.fs import RENAME_EXCHANGE, FileSystem, Inode
 from vfsmap.fs.data import without_suid
 from vfsmap.tally import Tallies
-from vfsmap_fuse.attributes import changes_of, entry_of, is_privileged, no_entry, statvfs_of
+from vfsmap_fuse.attributes import (
+    FOREVER,
+    changes_of,
+    entry_of,
+    is_privileged,
+    no_entry,
+    statvfs_of,
+)
 from vfsmap_fuse.edge import answered, answered_later
 from vfsmap_fuse.xattr import Seal, VirtualXattrs, require_namespace
 
@@ -61,6 +68,9 @@ class Listing:
 
 class Operations(pyfuse3.Operations):
     """The request handlers of one mount."""
+
+    keep: float = FOREVER
+    """Seconds that the kernel may believe what it was told of names and attributes."""
 
     def __init__(
         self,
@@ -97,7 +107,7 @@ class Operations(pyfuse3.Operations):
         try:
             inode = self.fs.lookup(parent, name)
         except NotFound:
-            return no_entry()
+            return no_entry(self.keep)
         return self._known_entry(inode)
 
     @answered
@@ -166,7 +176,7 @@ class Operations(pyfuse3.Operations):
         """Return an entry that the kernel will forget some day."""
         known = self._known
         known[inode.ino] = known.get(inode.ino, 0) + 1
-        return entry_of(inode)
+        return entry_of(inode, self.keep)
 
     def _hold_known(self, parent: int, name: bytes) -> None:
         """Have an inode outlive its last name for as long as the kernel knows it."""
@@ -220,7 +230,7 @@ class Operations(pyfuse3.Operations):
     @answered
     def getattr(self, ino: int, ctx: RequestContext) -> EntryAttributes:
         """Return an inode's attributes."""
-        return entry_of(self.fs.get(ino))
+        return entry_of(self.fs.get(ino), self.keep)
 
     @answered
     def setattr(
@@ -388,7 +398,7 @@ class Operations(pyfuse3.Operations):
         for cookie, name, ino in itertools.islice(listing.entries, first, None):
             if not fs.entry_alive(listing.ino, name, cookie):
                 continue
-            if not pyfuse3.readdir_reply(token, name, entry_of(fs.get(ino)), cookie):
+            if not pyfuse3.readdir_reply(token, name, entry_of(fs.get(ino), self.keep), cookie):
                 return
             known[ino] = known.get(ino, 0) + 1
 
@@ -396,7 +406,7 @@ class Operations(pyfuse3.Operations):
         """List "." and ".."; the kernel does not count these as known."""
         dots = ((_DOT, b".", ino), (_DOTDOT, b"..", self.fs.parent(ino)))
         return all(
-            pyfuse3.readdir_reply(token, name, entry_of(self.fs.get(target)), cookie)
+            pyfuse3.readdir_reply(token, name, entry_of(self.fs.get(target), self.keep), cookie)
             for cookie, name, target in dots[start_id:]
         )
 

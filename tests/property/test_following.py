@@ -9,8 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from vfsmap.fs import FollowedFileSystem
-from vfsmap.fs.following import FileSystem
+from vfsmap.fs import FileSystem, FollowedFileSystem
 from vfsmap.pmem import Medium
 from vfsmap.pool import Pool
 from vfsmap.testing.oracle import snapshot

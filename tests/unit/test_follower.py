@@ -48,7 +48,7 @@ class Interruption:
         self._pmem = followed.pool.pmem
         self._read = self._pmem.read
         self._act: Callable[[], object] | None = act
-        self._pmem.read = self  # type: ignore[method-assign, assignment]
+        self._pmem.read = self  # type: ignore[method-assign]
 
     def __call__(self, offset: int, length: int) -> bytes:
         act, self._act = self._act, None
@@ -126,7 +126,7 @@ class Counting:
         pmem = followed.pool.pmem
         self._read = pmem.read
         self.bytes = 0
-        pmem.read = self  # type: ignore[method-assign, assignment]
+        pmem.read = self  # type: ignore[method-assign]
 
     def __call__(self, offset: int, length: int) -> bytes:
         self.bytes += length

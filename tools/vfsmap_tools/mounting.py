@@ -48,21 +48,32 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "-o", "options", multiple=True, metavar="OPTS", help="Mount options, comma separated."
 )
+@click.option("--follow", is_flag=True, help="Read what another process writes to the pool.")
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground.")
 @click.option("--ready-fd", type=int, hidden=True)
 @_server_options
 @errors_exit
 def mount(
-    pool: Path, directory: Path, options: tuple[str, ...], foreground: bool, **server: Any
+    pool: Path,
+    directory: Path,
+    options: tuple[str, ...],
+    follow: bool,
+    foreground: bool,
+    **server: Any,
 ) -> None:
     """Mount a pool on a directory and start its mapping daemon.
 
     Returns when the mount answers.  The server writes everything back and unmounts on SIGTERM and
     SIGINT; a mount whose server has crashed goes away by itself.
 
+    With --follow the mount is read-only and shows, within a second, what the pool's writer has
+    finished: a server that mounted it elsewhere, perhaps on another host that shares the memory.
+    The writer does not wait for it, and may end, crash and come back.  There is no mapping daemon.
+
     \b
     Options for -o (those of fstab(5) that are for mount(8) or systemd are let pass):
       ro               read-only
+      follow           as --follow
       allow_other      let other users in (needs user_allow_other in /etc/fuse.conf, or root)
       writeback        let the kernel delay writes: faster, but a write is in the pool, and in
                        every window, only after fsync
@@ -74,6 +85,8 @@ def mount(
     """
     words = [word for option in options for word in option.split(",") if word]
     words = _take_server_options(words, server)
+    if follow:
+        words.append("follow")
     _require_mountable(pool, directory)
     if foreground:
         _serve(pool, directory, words, **server)
@@ -248,6 +261,7 @@ def _serve(
 ) -> None:
     # here, not above: the doors are heavy, and the other commands do without them
     from vfsmap_fuse.mount import MountOptions
+    from vfsmap_tools.following import run_follower
     from vfsmap_tools.manager import notify, take_socket
     from vfsmap_tools.server import ServerOptions, run_server
 
@@ -274,7 +288,10 @@ def _serve(
             read_only="ro" in words,
             mount=MountOptions.parse(words),
         )
-        run_server(pool, directory, chosen, ready=tell_ready)
+        if directory is not None and chosen.mount.follow:
+            run_follower(pool, directory, chosen, ready=tell_ready)
+        else:
+            run_server(pool, directory, chosen, ready=tell_ready)
     except VfsmapError as exc:
         tell(json.dumps({"error": str(exc), "exit_code": exc.exit_code}))
         raise

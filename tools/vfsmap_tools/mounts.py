@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILESYSTEM_TYPE = "fuse.vfsmap"
+FOLLOWED_TYPE = "fuse.vfsmap-follow"
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -23,7 +24,7 @@ def mounted_pools() -> list[Mount]:
     for line in _MOUNTINFO.read_text().splitlines():
         fields = line.split(" ")
         kind, source, options = fields[fields.index("-") + 1 :][:3]
-        if kind == FILESYSTEM_TYPE:
+        if kind in (FILESYSTEM_TYPE, FOLLOWED_TYPE):
             writable = "ro" not in options.split(",")
             mounts.append(Mount(Path(_plain(source)), Path(_plain(fields[4])), writable))
     return mounts

@@ -5,11 +5,12 @@ import os
 import signal
 import socket as sockets
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVarTuple
 
 import trio
 
@@ -26,6 +27,7 @@ from vfsmap_tools.sealer import seal_file
 
 log = logging.getLogger("vfsmap")
 _TRIM_INTERVAL = 1.0
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass
@@ -70,8 +72,13 @@ def run_server(
     Raises:
         VfsmapError: the pool can't be opened, or the mount or the socket can't be made.
     """
+    run_until_done(_serve, path, mountpoint, options, ready)
+
+
+def run_until_done(serve: Callable[[*Ts], Awaitable[None]], *arguments: *Ts) -> None:
+    """Run a server's loop until it ends, or raise what ended it."""
     try:
-        trio.run(_serve_watched, path, mountpoint, options, ready)
+        trio.run(_watched, serve, arguments)
     except BaseExceptionGroup as group:
         # one thing went wrong, and the rest was cancelled for it
         raise _first(group) from group
@@ -83,11 +90,9 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _serve_watched(
-    path: Path, mountpoint: Path | None, options: ServerOptions, ready: Callable[[], None]
-) -> None:
+async def _watched(serve: Callable[[*Ts], Awaitable[None]], arguments: tuple[*Ts]) -> None:
     async with watched():
-        await _serve(path, mountpoint, options, ready)
+        await serve(*arguments)
 
 
 async def _serve(
@@ -113,7 +118,7 @@ async def _serve(
         stack.callback(nursery.cancel_scope.cancel)
         nursery.start_soon(committer.run)
         nursery.start_soon(_trim, fs)
-        nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+        nursery.start_soon(stop_on_signal, nursery.cancel_scope)
         seal = partial(seal_file, fs, committer.sync)
         statistics = Statistics(fs)
         serve = partial(
@@ -144,7 +149,8 @@ async def _serve(
             await mount.wait_unmounted()
 
 
-async def _stop_on_signal(scope: trio.CancelScope) -> None:
+async def stop_on_signal(scope: trio.CancelScope) -> None:
+    """Cancel a scope on SIGTERM and SIGINT."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             notify("STOPPING=1")

@@ -6,7 +6,14 @@ import stat
 from functools import partial
 from typing import Any, NamedTuple
 
-from vfsmap.daemon.client import Client, clients, close_all, medium_of, mounter_of
+from vfsmap.daemon.client import (
+    Client,
+    clients,
+    close_all,
+    medium_of,
+    mounter_of,
+    why_no_daemon,
+)
 from vfsmap.errors import (
     DaemonUnreachable,
     Denied,
@@ -127,7 +134,7 @@ def _map_direct(wanted: _Request, device: int) -> Window | str:
     for last in (False, True):
         client = clients.get(wanted.path, device)
         if client is None:
-            return "it is not on a mounted pool"
+            return why_no_daemon(device)
         if client.distrust:
             return client.distrust
         try:

@@ -37,6 +37,7 @@ from vfsmap.pmem import Commit, Medium
 SOCKET_XATTR: Final = "user.vfsmap.socket"
 _RECEIVE: Final = 1 << 18
 _FILESYSTEM_TYPE: Final = "fuse.vfsmap"
+_FOLLOWED_TYPE: Final = "fuse.vfsmap-follow"
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
 # plain numbers: arithmetic with the enumerations of the socket module takes longer than a call
@@ -290,7 +291,7 @@ def connect(path: str | Path) -> Client:
         raise NotFound(f"{path}: {exc.strerror}") from exc
     client = _find(path, device)
     if client is None:
-        raise Invalid(f"{path} is not on a mounted pool")
+        raise Invalid(f"{path} has no mapping daemon: {why_no_daemon(device)}")
     return client
 
 
@@ -316,16 +317,29 @@ def _find(path: str | Path, device: int) -> Client | None:
 
 def mounter_of(device: int) -> int | None:
     """Return the user that mounted the pool with this device number, or None: it is no pool."""
+    kind, options = _mount_of(device)
+    if kind != _FILESYSTEM_TYPE:
+        return None
+    users = [o.removeprefix("user_id=") for o in options.split(",") if "user_id=" in o]
+    return int(users[0]) if users else 0
+
+
+def why_no_daemon(device: int) -> str:
+    """Return why no mapping daemon is asked about files of this device number."""
+    if _mount_of(device)[0] == _FOLLOWED_TYPE:
+        return "the mount follows another process, which alone can map: use that one's mount"
+    return "it is not on a mounted pool"
+
+
+def _mount_of(device: int) -> tuple[str, str]:
+    """Return the type and the options of the file system with this device number."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in _MOUNTINFO.read_text().splitlines():
         fields = line.split(" ")
         if fields[2] == wanted:
             kind, _, options = fields[fields.index("-") + 1 :][:3]
-            if kind != _FILESYSTEM_TYPE:
-                return None
-            users = [o.removeprefix("user_id=") for o in options.split(",") if "user_id=" in o]
-            return int(users[0]) if users else 0
-    return None
+            return kind, options
+    return "", ""
 
 
 def medium_of(medium: dict[str, Any]) -> Medium:
