@@ -59,6 +59,7 @@ class TextGuard:
         base: the address of the window's first byte in the image's terms; by default where the
             window is in this process.
         name: the image's, for messages.
+        name_at: tells the image's name by an address, where the window holds several images.
         executable: blocks laid over the window are to be run, not only read.
         on_violation: is called with every poke that is refused.
 
@@ -74,6 +75,7 @@ class TextGuard:
         *,
         base: int | None = None,
         name: str = "image",
+        name_at: Callable[[int], str] | None = None,
         executable: bool = False,
         on_violation: Callable[[Violation], None] | None = None,
     ) -> None:
@@ -91,6 +93,7 @@ class TextGuard:
         self.granularity = granularity
         self.base = window.address if base is None else base
         self.name = name
+        self._name_at = name_at or (lambda _: name)
         self.refused = self.redirected = 0
         """Pokes, so far."""
         self._blocks: set[int] = set()  # addresses of blocks that were copied
@@ -154,14 +157,15 @@ class TextGuard:
             found = bytes(view[offset : offset + len(poke.expected)])
             if found != poke.expected:
                 raise Invalid(
-                    f"{self.name} has {found.hex()} at {poke.address:#x}, not "
+                    f"{self._name_at(poke.address)} has {found.hex()} at {poke.address:#x}, not "
                     f"{poke.expected.hex()}: it was not bound as this poke believes"
                 )
 
     def _refuse(self, pokes: Sequence[Poke]) -> None:
         for number, poke in enumerate(pokes):
             self.refused += 1
-            violation = Violation(self.name, poke.address, poke.address - self.base, poke.new)
+            image, offset = self._name_at(poke.address), poke.address - self.base
+            violation = Violation(image, poke.address, offset, poke.new)
             if self._on_violation is not None:
                 self._on_violation(violation)
             if number < _TOLD:
@@ -171,10 +175,11 @@ class TextGuard:
             low, high = min(offsets), max(offsets)
             self._report(low, high - low, f"refused {len(rest)} more writes to {self.name}")
         more = f" and {len(pokes) - 1} more" if len(pokes) > 1 else ""
+        first = pokes[0]
         raise Sealed(
-            f"{self.name} is persistent text and is never written: the poke of "
-            f"{len(pokes[0].new)} bytes at {pokes[0].address:#x}{more} is refused; load it with "
-            f"the policy redirect to have private copies"
+            f"{self._name_at(first.address)} is persistent text and is never written: the poke of "
+            f"{len(first.new)} bytes at {first.address:#x}{more} is refused; load it with the "
+            f"policy redirect to have private copies"
         )
 
     def _report(self, offset: int, length: int, detail: str) -> None:

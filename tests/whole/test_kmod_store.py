@@ -3,6 +3,9 @@
 import hashlib
 import itertools
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,6 +176,28 @@ def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
     assert vfsmap("module", "verify", store).stdout.count("sha256:") == 3
 
 
+def test_images_stay_loaded_until_interrupted(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    Store(store).add([module("crc7"), module("reed_solomon")], Host(user_host()))
+    command = [sys.executable, "-m", "vfsmap_tools.cli", "module", "load", str(store), "crc7"]
+    command += ["--hold", "--policy", "refuse"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as running:
+        assert running.stderr is not None
+        assert b"loaded in process" in running.stderr.readline()
+        maps = Path(f"/proc/{running.pid}/maps").read_text()
+        assert re.search(r"^40000000-40200000 r-xs .*/text\.img$", maps, re.MULTILINE)
+        running.terminate()
+    assert running.returncode == 0
+
+
+def test_a_module_is_bound_to_what_was_there_not_to_what_came_later(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add([module("cast5_generic")], Host(user_host()))
+    before = store.placed(store.find("cast5_generic")[0]).values
+    store.add([module("cast_common")], Host(user_host()))
+    assert store.placed(store.find("cast5_generic")[0]).values == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -180,7 +205,10 @@ def test_the_commands_tell_what_they_did(tmp_path: Path) -> None:
         (("call", "STORE", "crc7", "nothing"), 1, "no symbol 'nothing'"),
         (("call", "STORE", "crc7", "crc7_be", "zz"), 2, "argument 'zz'"),
         (("trace", "STORE", "reed_solomon", "on", "--policy", "refuse"), 1, "never written"),
+        (("trace", "STORE", "reed_solomon", "on", "--policy", "refuse"), 1, " of reed_solomon: e8"),
         (("toggle", "STORE", "crc7", "zz", "on"), 2, "'zz' is no address"),
+        (("toggle", "STORE", "crc7", "zz"), 2, "shall zz be on or off?"),
+        (("ls", "STORE/nothing"), 1, "is no store; make one"),
         (("sites",), 2, "name a file, or a directory"),
         (("text", "STORE/index.json", "--host", "HOST", "-o", "OUT"), 3, "not an ELF file"),
     ],

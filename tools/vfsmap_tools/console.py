@@ -57,6 +57,7 @@ class LevelType(click.ParamType[Level]):
             self.fail(str(exc), param, ctx)
 
 
+_WIDEST = 1000  # columns of a table
 SIZE = SizeType()
 LEVEL = LevelType()
 
@@ -109,7 +110,7 @@ def print_facts(facts: Mapping[str, object], *, as_json: bool) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers to the right."""
+    """Print a table; numbers to the right, and nothing cut off for want of room."""
     table = Table(box=None, pad_edge=False)
     rows = [list(row) for row in rows]
     for at, column in enumerate(columns):
@@ -117,7 +118,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=_WIDEST).print(table)
 
 
 def page_sizes_text(page_sizes: Mapping[int, int]) -> str:

@@ -1,5 +1,7 @@
 """The commands ``module ...``: kernel modules and kernels, bound to a host and mapped in place."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +11,7 @@ from typing import Any
 import click
 
 import vfsmap
-from vfsmap.errors import Invalid, VfsmapError
+from vfsmap.errors import Invalid, NotFound, VfsmapError
 from vfsmap.guard import POLICIES, Policy, Violation
 from vfsmap.kmod.bind import bases_at, bind
 from vfsmap.kmod.derive import running_host
@@ -135,7 +137,7 @@ def add(
 @errors_exit
 def ls(store: Path, as_json: bool) -> None:
     """List what a store holds."""
-    opened = Store(store)
+    opened = _existing(store)
     rows = []
     for v in opened.index.variants:
         host = opened.host(v)
@@ -160,6 +162,7 @@ def ls(store: Path, as_json: bool) -> None:
 @policy_option
 @granularity_option
 @pmsg_option
+@click.option("--hold", is_flag=True, help="Keep them loaded until interrupted.")
 @json_option
 @errors_exit
 def load(
@@ -169,18 +172,26 @@ def load(
     policy: Policy,
     granularity: Level,
     log: Path | None,
+    hold: bool,
     as_json: bool,
 ) -> None:
     """Load images for a host, and tell what was mapped in place, copied and laid over.
 
-    Without --host they are loaded for the host that they were bound to.
+    Without --host they are loaded for the host that they were bound to.  Images for user space are
+    put at their own addresses, where their text can run.
     """
-    loader = _loader(Store(store), images[0], host_path, policy, granularity, log)
+    loader = _loader(_existing(store), images[0], host_path, policy, granularity, log, run=True)
     reports = [loader.report(loaded) for loaded in [loader.load(name) for name in images]]
     if as_json:
         print_json([report._asdict() for report in reports])
     else:
         _print_reports(reports)
+    if hold:
+        ends = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        sys.stdout.flush()
+        complain(f"loaded in process {os.getpid()}; interrupt it to end")
+        signal.sigwait(ends)
 
 
 @module.command("sites")
@@ -314,16 +325,21 @@ def toggle(
     log: Path | None,
     as_json: bool,
 ) -> None:
-    """Switch the jump labels of a key on or off, through the guard, in a process of its own.
+    """Switch the jump labels of a key on or off, through the guard.
 
-    Without a KEY, the image's keys are listed.
+    This is done in a process of its own, and tells what it takes.  KEY is a name or an address;
+    without one, the image's keys are listed.
     """
-    loader = _loader(Store(store), image, host_path, policy, granularity, log)
+    loader = _loader(_existing(store), image, host_path, policy, granularity, log)
     loaded = loader.load(image)
     keys = loaded.subject.keys()
-    if key is None or state is None:
+    if key is None:
+        if not keys:
+            complain(f"{image} has no jump labels, and so no keys")
         _print_rows([{"key": name, "address": f"{a:#x}"} for name, a in keys.items()], as_json)
         return
+    if state is None:
+        raise Invalid(f"shall {key} be on or off?")
     address = keys[key] if key in keys else number(key)
     count = loader.toggle(loaded, address, state == "on")
     _print_change(loaded.guard.overlaid, count, as_json)
@@ -349,8 +365,11 @@ def trace(
     log: Path | None,
     as_json: bool,
 ) -> None:
-    """Let each function of an image call the tracer, or leave it alone, through the guard."""
-    loader = _loader(Store(store), image, host_path, policy, granularity, log)
+    """Let each function of an image call the tracer, or leave it alone, through the guard.
+
+    This is done in a process of its own, and tells what it takes.
+    """
+    loader = _loader(_existing(store), image, host_path, policy, granularity, log)
     loaded = loader.load(image)
     count = loader.trace(loaded, state == "on")
     _print_change(loaded.guard.overlaid, count, as_json)
@@ -404,7 +423,7 @@ def verify(store: Path, as_json: bool) -> None:
 
     Exit code 3 when a block is damaged.
     """
-    opened = Store(store)
+    opened = _existing(store)
     wrong = opened.verify(vfsmap.map)
     files = {
         f"{pack}/{name}": recorded.digest
@@ -422,6 +441,12 @@ def verify(store: Path, as_json: bool) -> None:
         sys.exit(3)
 
 
+def _existing(path: Path) -> Store:
+    if not path.is_dir():
+        raise NotFound(f"{path} is no store; make one with: vfsmap module add KO... {path}")
+    return Store(path)
+
+
 def _host(path: Path | None) -> Host:
     return Host(user_host()) if path is None else Host.open(path)
 
@@ -433,6 +458,8 @@ def _loader(
     policy: Policy,
     granularity: Level,
     log: Path | None,
+    *,
+    run: bool = False,
 ) -> Loader:
     host = store.host(store.find(image)[0]) if host_path is None else Host.open(host_path)
     return Loader(
@@ -441,6 +468,7 @@ def _loader(
         vfsmap.map,
         policy=policy,
         granularity=granularity,
+        resident=run and host.user_space,
         on_violation=_Teller(log),
     )
 

@@ -1,11 +1,13 @@
 """Linking: what the imports of a module are bound to beyond what the host's document tells."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vfsmap.errors import Invalid
 from vfsmap.kmod.bind import Placed
 from vfsmap.kmod.host import Host
+from vfsmap.kmod.index import Variant
 from vfsmap.kmod.module import Module
 from vfsmap.kmod.relocate import PLT32
 from vfsmap.kmod.userspace import FIRST_SLOT, SLOTS_MAX, VARIABLES_MAX
@@ -17,11 +19,23 @@ if TYPE_CHECKING:
 class Linker:
     """Resolves what the host's document does not tell: other images, and stubs in user space."""
 
-    def __init__(self, store: "Store", host: Host, module: Module, others: list[Placed]) -> None:
+    def __init__(
+        self,
+        store: "Store",
+        host: Host,
+        module: Module,
+        others: list[Placed],
+        earlier: Sequence[Variant],
+    ) -> None:
+        """Look among ``others``, then among the variants that the store has had ``earlier``.
+
+        What came to the store later than a module was not there when that was bound.
+        """
         self._store = store
         self._host = host
         self._module = module
         self._others = others
+        self._earlier = earlier
 
     def resolve(self, name: str) -> int | None:
         """Return the address of an import, or None when nobody supplies it.
@@ -34,25 +48,23 @@ class Linker:
                 return placed.address_of_symbol(name)
         if not self._host.user_space:
             return None
-        return self._from_store(name) or self._stub(name)
+        for placed in self._needed:
+            if name in placed.module.exports:
+                return placed.address_of_symbol(name)
+        return self._stub(name)
 
-    def _from_store(self, name: str) -> int | None:
-        for depended in self._module.depends:
-            for variant in self._store.index.variants:
-                if variant.name != depended.replace("-", "_"):
-                    continue
-                if not self._store.host(variant).user_space:
-                    continue
-                placed = self._store.placed(variant)
-                if name in placed.module.exports:
-                    return placed.address_of_symbol(name)
-        return None
+    @cached_property
+    def _needed(self) -> list[Placed]:
+        """The modules it depends on, as the store has them."""
+        names = {name.replace("-", "_") for name in self._module.depends}
+        found = [v for v in self._earlier if v.name in names]
+        return [self._store.placed(v) for v in found if self._store.host(v).user_space]
 
     def _stub(self, name: str) -> int:
         """Return the place of a stand-in, a new one if need be."""
         index = self._store.index
         is_function = name in index.functions or (
-            name not in index.variables and self._is_called(name)
+            name not in index.variables and name in self._called
         )
         names = index.functions if is_function else index.variables
         if name not in names:
@@ -62,14 +74,18 @@ class Linker:
         places = index.stubs()
         return dict(places.functions if is_function else places.variables)[name]
 
-    def _is_called(self, name: str) -> bool:
-        """Tell a function from a variable: something calls it."""
+    @cached_property
+    def _called(self) -> set[str]:
+        """The symbols that are functions, not variables: something calls them."""
         elf = self._module.elf
-        for section in elf.sections:
-            for _, info, _ in elf.relocations(section) if section.is_loaded else ():
-                if info & 0xFFFF_FFFF == PLT32 and elf.symbols[info >> 32].name == name:
-                    return True
-        return False
+        called = {
+            info >> 32
+            for section in elf.sections
+            if section.is_loaded
+            for _, info, _ in elf.relocations(section)
+            if info & 0xFFFF_FFFF == PLT32
+        }
+        return {elf.symbols[number].name for number in called if number < len(elf.symbols)}
 
 
 def in_order(modules: Sequence[Module]) -> list[Module]:

@@ -187,7 +187,8 @@ class Loader:
             self._policy,
             self._granularity,
             base=recorded.address,
-            name=", ".join(self.store.index.packs[variant.pack].modules),
+            name=f"the pack of {variant.name}",
+            name_at=self.store.names_of(variant.pack),
             executable=self._resident,
             on_violation=self._on_violation,
         )

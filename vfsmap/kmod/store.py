@@ -8,7 +8,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -95,6 +96,11 @@ class Store:
             )
         return found
 
+    def names_of(self, pack: str) -> Callable[[int], str]:
+        """Return what tells which of a pack's modules has an address in its text."""
+        starts = sorted((v.text.start, v.name) for v in self.index.variants if v.pack == pack)
+        return lambda address: starts[max(bisect_right(starts, (address + 1,)) - 1, 0)][1]
+
     def file(self, pack: str, name: str) -> Path:
         """Return where one of a pack's files is."""
         return self.directory / "packs" / pack / f"{name}.img"
@@ -153,7 +159,8 @@ class Store:
         return place_for(self.module(variant), host, variant.areas, resolve)
 
     def _linker(self, variant: Variant, host: Host) -> Linker:
-        return Linker(self, host, self.module(variant), [])
+        at = self.index.variants.index(variant)
+        return Linker(self, host, self.module(variant), [], self.index.variants[:at])
 
     def add(self, modules: Sequence[Module], host: Host, at: int | None = None) -> list[Variant]:
         """Bind modules to a host and keep them, as one pack; return the new variants.
@@ -262,7 +269,8 @@ class Store:
         bound: list[Bound] = []
         place_of = {m.name: place for m, place in zip(modules, places, strict=True)}
         for module in in_order(modules):
-            linker = Linker(self, host, module, [b.placed for b in bound])
+            others = [b.placed for b in bound]
+            linker = Linker(self, host, module, others, self.index.variants)
             bound.append(bind(module, host, place_of[module.name], resolve=linker.resolve))
         return bound
 
