@@ -34,6 +34,11 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.Choice(["process", "power"]),
                 help="Refuse a medium that keeps less.",
             ),
+            click.option(
+                "--metrics",
+                metavar="[HOST:]PORT",
+                help="Answer Prometheus there, over HTTP; on 127.0.0.1 unless a host is named.",
+            ),
             click.option("--log", type=PATH, help="Append messages to this file."),
             click.option("--verbose", "-v", is_flag=True, help="Say more in the log."),
         )
@@ -80,7 +85,7 @@ def mount(
       nobusypoll       do not poll for requests: less CPU, fewer requests a second
       noatime          do not record when files are read
       sloppy           ignore options that are not known
-      socket=, group=, promise=, log=, verbose
+      socket=, group=, promise=, metrics=, log=, verbose
                        as the options of this command, for fstab
     """
     words = [word for option in options for word in option.split(",") if word]
@@ -285,6 +290,7 @@ def _serve(
             listener=take_socket(),
             group=server["group"],
             promise=server["promise"],
+            metrics=server["metrics"],
             read_only="ro" in words,
             mount=MountOptions.parse(words),
         )

@@ -41,6 +41,8 @@ class ServerOptions:
     group: str | None = None
     """A group whose members are trusted with direct mappings."""
     promise: str | None = None
+    metrics: str | None = None
+    """Where Prometheus is answered; None: nowhere."""
     read_only: bool = False
     mount: MountOptions = field(default_factory=MountOptions)
 
@@ -121,6 +123,10 @@ async def _serve(
         nursery.start_soon(stop_on_signal, nursery.cancel_scope)
         seal = partial(seal_file, fs, committer.sync)
         statistics = Statistics(fs)
+        if options.metrics:
+            from vfsmap_tools.metrics import exporting  # needs a package that not all have
+
+            await stack.enter_async_context(exporting(options.metrics, pool, statistics))
         serve = partial(
             serve_mapping,
             fs,
