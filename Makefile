@@ -47,7 +47,7 @@ wheel: $(BIN)/vfsmap ## Build the wheel and check what it holds
 	$(BIN)/check-wheel-contents dist/*.whl
 
 bench: $(BIN)/vfsmap ## Measure against peers in the same run
-	$(BIN)/python -m vfsmap_tools.bench
+	$(BIN)/vfsmap bench
 
 clean: ## Remove what was built
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

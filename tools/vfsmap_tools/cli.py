@@ -32,6 +32,7 @@ _COMMANDS = {
     "system": "system",
     "completion": "completion",
     "demo": "demo",
+    "bench": "bench.command",
 }
 """Each command and the module of this package that holds it, in the order of ``--help``."""
 

@@ -2,29 +2,28 @@
 
 The same changes are made to a private window in four ways: plain stores on tmpfs, where the kernel
 copies 4 KiB; blocks of 4 KiB and of 2 MiB laid over the window by ``own()``; plain stores on
-hugetlbfs, where the kernel copies 2 MiB.  Each round makes a new window for each way.  Run it as
-``python -m vfsmap_tools.bench.cow``; it needs 1 GiB of memory, and root to set huge pages aside.
+hugetlbfs, where the kernel copies 2 MiB.  Each round makes a new window for each way.  It needs
+1 GiB of memory.
 """
 
 import contextlib
-import json
 import os
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import click
 import numpy
-from rich.console import Console
-from rich.table import Table
 
 from vfsmap.mapping.overlay import PrivateWindow
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc, pages
 from vfsmap.pmem.medium import Commit, Medium
 from vfsmap.units import KIB, MIB, PMD, PTE, Extent, Level, format_size
+from vfsmap_tools.bench import places
+from vfsmap_tools.bench.results import Grid, Result
+from vfsmap_tools.bench.runner import quantiles
 
 SIZE: Final = 256 * MIB
 READS: Final = 1 << 20
@@ -33,8 +32,6 @@ MEDIA: Final = {
     "hugetlbfs": Medium("hugetlbfs", Commit.STORE, PMD.size),
 }
 PATTERNS: Final = {"a byte in each 4 KiB": 4 * KIB, "a byte in each 2 MiB": 2 * MIB, "all bytes": 1}
-
-_STOCK: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
 class Way(NamedTuple):
@@ -67,9 +64,15 @@ class Cost(NamedTuple):
     """Of a load at random afterwards, all of it having been touched."""
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure and return the medians; ``quick`` makes fewer rounds on a smaller window."""
-    size, rounds = (32 * MIB, 1) if quick else (SIZE, 7)
+def run(quick: bool) -> Result:
+    """Measure private stores; ``quick`` makes fewer rounds on a smaller window."""
+    size, rounds = (32 * MIB, 2) if quick else (SIZE, 7)
+    result = Result(
+        "cow",
+        "Private stores at 4 KiB and at 2 MiB",
+        f"A private window of {format_size(size)} is stored to in four ways; what was copied, and "
+        "what reading at random costs afterwards. Background: copy-on-write.md.",
+    )
     with _files(size) as files:
         costs: dict[tuple[str, str], list[Cost]] = {}
         firsts: dict[str, list[float]] = {way.name: [] for way in WAYS}
@@ -80,24 +83,39 @@ def run(quick: bool) -> dict[str, Any]:
                     cost = _change(files[way.medium], size, way, stride)
                     costs.setdefault((pattern, way.name), []).append(cost)
                 firsts[way.name].extend(_first_stores(files[way.medium], size, way))
-    patterns = {
-        pattern: {way.name: _median(costs[pattern, way.name]) for way in WAYS}
+    medians = {key: _median(found) for key, found in costs.items()}
+    columns = ["pattern", "way", "ms", "copied", "tables", "ns a read"]
+    rows: list[list[str | int | float]] = [
+        [
+            pattern,
+            way.name,
+            (cost := medians[pattern, way.name]).milliseconds,
+            format_size(cost.copied),
+            format_size(cost.tables),
+            cost.nanoseconds_a_read,
+        ]
         for pattern in PATTERNS
-    }
-    return {
-        "size": size,
-        "rounds": rounds,
-        "microseconds to the first write": {
-            name: round(statistics.median(found), 1) for name, found in firsts.items()
-        },
-        "patterns": patterns,
-        "break-even": round(_break_even(patterns["a byte in each 4 KiB"]), 1),
-    }
+        for way in WAYS
+    ]
+    result.grids.append(Grid("Stores by pattern", columns, rows))
+    result.grids.append(
+        Grid(
+            "The first store to a block, microseconds",
+            ["way", "median", "90 %", "99 %", "99.9 %"],
+            [[name, *quantiles(found)] for name, found in firsts.items()],
+        )
+    )
+    even = _break_even({way.name: medians["a byte in each 4 KiB", way.name] for way in WAYS})
+    unit = PMD.size // PTE.size
+    result.grids.append(
+        Grid("Copying a unit at once is cheaper", ["from", "of"], [[round(even, 1), unit]])
+    )
+    return result
 
 
-def _break_even(costs: dict[str, dict[str, float]]) -> float:
+def _break_even(costs: dict[str, Cost]) -> float:
     """Return of how many stored 4 KiB pages in a unit on, copying the unit at once is cheaper."""
-    small, _, large, _ = (costs[way.name]["milliseconds"] for way in WAYS)
+    _, small, large, _ = (costs[way.name].milliseconds for way in WAYS)
     return large / small * (PMD.size // PTE.size)
 
 
@@ -105,7 +123,7 @@ def _break_even(costs: dict[str, dict[str, float]]) -> float:
 def _files(size: int) -> Iterator[dict[str, int]]:
     """Make a file of each medium; as many huge pages again are free for its copies."""
     flags = {"tmpfs": os.MFD_CLOEXEC, "hugetlbfs": os.MFD_HUGETLB | os.MFD_HUGE_2MB}
-    with _set_aside(2 * size // PMD.size), contextlib.ExitStack() as fds:
+    with places.huge_pages(PMD, 2 * size // PMD.size), contextlib.ExitStack() as fds:
         files = {name: os.memfd_create(name, flag) for name, flag in flags.items()}
         for name, fd in files.items():
             fds.callback(os.close, fd)
@@ -113,19 +131,6 @@ def _files(size: int) -> Iterator[dict[str, int]]:
             with Window(fd, [Extent(0, 0, size)], size, MEDIA[name], writable=True) as window:
                 libc.try_collapse(*window.mapped)  # memfds follow the kernel's policy: never
         yield files
-
-
-@contextlib.contextmanager
-def _set_aside(huge_pages: int) -> Iterator[None]:
-    """Have the kernel keep huge pages free for as long as the block lasts."""
-    before = int(_STOCK.read_text())
-    _STOCK.write_text(str(before + huge_pages))
-    try:
-        if int(_STOCK.read_text()) < before + huge_pages:
-            raise click.ClickException(f"the kernel found no {huge_pages} huge pages")
-        yield
-    finally:
-        _STOCK.write_text(str(before))
 
 
 def _window(fd: int, size: int, way: Way) -> PrivateWindow:
@@ -193,42 +198,6 @@ def _table_bytes() -> int:
     return 0
 
 
-def _median(costs: list[Cost]) -> dict[str, float]:
+def _median(costs: list[Cost]) -> Cost:
     middle = [statistics.median(values) for values in zip(*costs, strict=True)]
-    return Cost(round(middle[0], 2), int(middle[1]), int(middle[2]), round(middle[3], 1))._asdict()
-
-
-def _table(found: dict[str, Any]) -> Table:
-    table = Table("pattern", "way", "ms", "copied", "tables", "ns a read", box=None)
-    for pattern, ways in found["patterns"].items():
-        for name, cost in ways.items():
-            table.add_row(
-                pattern,
-                name,
-                f"{cost['milliseconds']:.2f}",
-                format_size(cost["copied"]),
-                format_size(cost["tables"]),
-                f"{cost['nanoseconds_a_read']:.1f}",
-            )
-            pattern = ""
-    return table
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="One round on a small window.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-def main(quick: bool, as_json: bool) -> None:
-    """Measure private stores at 4 KiB and at 2 MiB."""
-    found = run(quick)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    console = Console(highlight=False)
-    console.print(_table(found))
-    for name, microseconds in found["microseconds to the first write"].items():
-        console.print(f"first write, {name}: {microseconds} us")
-    console.print(f"2 MiB at once is cheaper from {found['break-even']} stored pages of 512 on")
-
-
-if __name__ == "__main__":
-    main()
+    return Cost(round(middle[0], 2), int(middle[1]), int(middle[2]), round(middle[3], 1))

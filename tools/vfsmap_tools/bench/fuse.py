@@ -1,7 +1,7 @@
-"""The mount beside a do-nothing pyfuse3 file system and fuse2fs, all on the same tmpfs.
+"""The mount beside a do-nothing pyfuse3 file system, fuse2fs, bindfs, and the kernel's own.
 
-Every peer is a process of its own, and the load is the same few system calls for each.  Run it as
-``python -m vfsmap_tools.bench.fuse``; it needs root (for a tmpfs) and fuse2fs.
+All keep their bytes on the same tmpfs, every server is a process of its own, and the load is the
+same few system calls for each.
 """
 
 import contextlib
@@ -9,22 +9,35 @@ import itertools
 import mmap
 import os
 import random
+import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Final, NamedTuple
-
-import click
+from typing import Final
 
 from vfsmap.units import GIB, KIB, MIB
-from vfsmap_tools.bench.runner import Goal, Measure, alternate, report
+from vfsmap_tools.bench import places
+from vfsmap_tools.bench.results import Grid, Plot, Result
+from vfsmap_tools.bench.runner import (
+    Goal,
+    Measure,
+    alternate,
+    distribution,
+    judge,
+    quantiles,
+    timed,
+)
 
 FILES: Final = 1000
 SIZE: Final = 128 * MIB
 READS: Final = 10_000
+SAMPLES: Final = 5_000
+IDLE_LIMIT: Final = 0.01
+"""The part of one core that an idle mount may take."""
+LISTING_LIMIT: Final = 1.25
+"""How much longer an entry of a directory ten times as large may take: linear, with some noise."""
 GOALS: Final = (
     Goal("create+close", "do-nothing", 1.5),
     Goal("create+close", "fuse2fs", 1.2),
@@ -100,6 +113,25 @@ class Load:
                 os.preadv(fd, [buffer], place)
             return SIZE / MIB / (time.perf_counter() - start)
 
+    def latencies(self, samples: int) -> dict[str, list[float]]:
+        """Return the microseconds of single operations."""
+        numbers = itertools.count()
+        flags, where = os.O_CREAT | os.O_EXCL | os.O_WRONLY, self._dir
+        removed = itertools.count()
+        with self._opened(os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, 4 * KIB) as buffer:
+            blocks = SIZE // (4 * KIB)
+            chance = random.Random(1)
+            return {
+                "create+close": timed(
+                    lambda: os.close(os.open(f"timed-{next(numbers)}", flags, 0o644, dir_fd=where)),
+                    samples,
+                ),
+                "unlink": timed(lambda: os.unlink(f"timed-{next(removed)}", dir_fd=where), SAMPLES),
+                "random 4K O_DIRECT read": timed(
+                    lambda: os.preadv(fd, [buffer], chance.randrange(blocks) * 4 * KIB), samples
+                ),
+            }
+
     @contextlib.contextmanager
     def _opened(self, flags: int) -> Iterator[int]:
         fd = os.open(self._large, flags)
@@ -118,62 +150,84 @@ MEASURES: Final = (
 )
 
 
-class Place(NamedTuple):
-    """Where a peer keeps its bytes and where it is mounted."""
-
-    medium: Path
-    mountpoint: Path
+Peer = Callable[[Path], AbstractContextManager[tuple[Path, int]]]
+"""Given a medium, a file system on it: where it is mounted, and the process that serves it."""
 
 
-def _module(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", name, *arguments]
+@contextlib.contextmanager
+def _served(command: list[str], directory: Path) -> Iterator[tuple[Path, int]]:
+    with places.running(command, directory) as pid:
+        yield directory, pid
 
 
-def _vfsmap(place: Place) -> list[str]:
-    pool = str(place.medium / "pool")
-    command = _module("vfsmap_tools.cli", "format", pool, "--size", "2G")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return _module("vfsmap_tools.cli", "mount", "--foreground", pool, str(place.mountpoint))
+@contextlib.contextmanager
+def _vfsmap(medium: Path) -> Iterator[tuple[Path, int]]:
+    path = medium / "pool"
+    places.vfsmap("format", path, "--size", "2G")
+    with places.scratch() as directory:
+        command = places.module("vfsmap_tools.cli", "mount", "--foreground", path, directory)
+        with _served(command, directory) as served:
+            yield served
 
 
-def _do_nothing(place: Place) -> list[str]:
-    return _module("vfsmap_tools.bench.donothing", str(place.mountpoint))
+@contextlib.contextmanager
+def _do_nothing(_: Path, *mode: str) -> Iterator[tuple[Path, int]]:
+    with places.scratch() as directory:
+        command = places.module("vfsmap_tools.bench.donothing", directory, *mode)
+        with _served(command, directory) as served:
+            yield served
 
 
-def _do_nothing_busy(place: Place) -> list[str]:
-    return _module("vfsmap_tools.bench.donothing", str(place.mountpoint), "busy")
+def _do_nothing_busy(medium: Path) -> AbstractContextManager[tuple[Path, int]]:
+    return _do_nothing(medium, "busy")
 
 
-def _fuse2fs(place: Place) -> list[str]:
-    image = place.medium / "image"
-    with image.open("wb") as file:
-        file.truncate(GIB)
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    return ["fuse2fs", str(image), str(place.mountpoint), "-f"]
+@contextlib.contextmanager
+def _fuse2fs(medium: Path) -> Iterator[tuple[Path, int]]:
+    file = medium / "fuse2fs"
+    with file.open("wb") as made:
+        made.truncate(GIB)
+    subprocess.run(["mkfs.ext4", "-q", "-F", file], check=True)
+    with (
+        places.scratch() as directory,
+        _served(["fuse2fs", str(file), str(directory), "-f"], directory) as served,
+    ):
+        yield served
 
 
-PEERS: Final[dict[str, Callable[[Place], list[str]]]] = {
+@contextlib.contextmanager
+def _bindfs(medium: Path) -> Iterator[tuple[Path, int]]:
+    below = medium / "below"
+    below.mkdir()
+    with (
+        places.scratch() as directory,
+        _served(["bindfs", "-f", str(below), str(directory)], directory) as served,
+    ):
+        yield served
+
+
+@contextlib.contextmanager
+def _tmpfs(medium: Path) -> Iterator[tuple[Path, int]]:
+    directory = medium / "plain"
+    directory.mkdir()
+    yield directory, 0
+
+
+@contextlib.contextmanager
+def _ext4(medium: Path) -> Iterator[tuple[Path, int]]:
+    with places.image("ext4", medium / "ext4", GIB) as directory:
+        yield directory, 0
+
+
+PEERS: Final[dict[str, Peer]] = {
     "vfsmap": _vfsmap,
     "do-nothing": _do_nothing,
     "do-nothing, busy": _do_nothing_busy,
     "fuse2fs": _fuse2fs,
+    "bindfs": _bindfs,
+    "ext4": _ext4,
+    "tmpfs": _tmpfs,
 }
-
-
-@contextlib.contextmanager
-def _running(command: list[str], mountpoint: Path) -> Iterator[int]:
-    """Run a file system server until the block ends; yield its process id."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            deadline = time.monotonic() + 20
-            while not mountpoint.is_mount():
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise click.ClickException(f"no mount came of {' '.join(command)}")
-                time.sleep(0.05)
-            yield server.pid
-        finally:
-            subprocess.run(["umount", mountpoint], check=server.poll() is None)
-            server.wait(20)
 
 
 def _processor_seconds(pid: int) -> float:
@@ -183,73 +237,76 @@ def _processor_seconds(pid: int) -> float:
 
 def idle_share(pid: int, seconds: float = 5) -> float:
     """Return the part of one core that an idle server takes."""
+    time.sleep(1)  # the kernel forgets what was unlinked a moment ago
     before = _processor_seconds(pid)
     time.sleep(seconds)
     return (_processor_seconds(pid) - before) / seconds
 
 
-def listing_growth(root: Path, few: int = 10_000, many: int = 100_000) -> float:
-    """Return how much longer an entry takes to list and stat among many entries than among few."""
-    seconds = []
-    for count in (few, many):
+def listing_costs(root: Path, counts: tuple[int, ...]) -> dict[int, float]:
+    """Return the microseconds that an entry takes to list and stat among so many entries."""
+    costs = {}
+    for count in counts:
         directory = root / f"listing-{count}"
         directory.mkdir()
-        with _directory(directory) as fd:
-            for number in range(count):
-                os.mknod(f"{number}", dir_fd=fd)
+        where = os.open(directory, os.O_RDONLY)
+        for number in range(count):
+            os.mknod(f"{number}", dir_fd=where)
+        os.close(where)
         start = time.perf_counter()
         with os.scandir(directory) as entries:
             listed = sum(entry.stat().st_nlink for entry in entries)
-        seconds.append((time.perf_counter() - start) / listed)
-    return seconds[1] / seconds[0]
+        costs[count] = (time.perf_counter() - start) / listed * 1e6
+    return costs
 
 
-@contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _latencies(result: Result, loads: dict[str, Load], count: int) -> None:
+    samples = {name: load.latencies(count) for name, load in loads.items()}
+    operations = list(next(iter(samples.values())))
+    rows: list[list[str | int | float]] = [
+        [what, name, *quantiles(found[what])]
+        for what in operations
+        for name, found in samples.items()
+    ]
+    columns = ["operation", "file system", "median", "90 %", "99 %", "99.9 %"]
+    result.grids.append(Grid("Latency, microseconds", columns, rows))
+    for what in operations:
+        curves = [distribution(name, found[what]) for name, found in samples.items()]
+        name = "latency-" + what.partition("+")[0].partition(" ")[0]
+        title = f"{what}: share of calls that were faster"
+        result.plots.append(Plot(name, title, "microseconds", "%", curves, log_x=True))
 
 
-@contextlib.contextmanager
-def _tmpfs() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="vfsmap-bench-") as name:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "huge=always,size=6G", "vfsmap-bench", name], check=True
-        )
-        try:
-            yield Path(name)
-        finally:
-            subprocess.run(["umount", name], check=True)
-
-
-@click.command()
-@click.option("--rounds", default=7, show_default=True, help="Measurements of each peer.")
-@click.option("--peer", "names", multiple=True, type=click.Choice(list(PEERS)), help="Only these.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(rounds: int, names: tuple[str, ...], as_json: bool) -> None:
-    """Measure the mount beside its peers; exit 1 when a goal is missed."""
+def run(quick: bool) -> Result:
+    """Measure the mount beside its peers."""
+    result = Result(
+        "fuse",
+        "The mounted file system",
+        f"{FILES:,} files created and unlinked, {READS:,} random reads of 4 KiB past the page "
+        f"cache, and a file of {SIZE // MIB} MiB rewritten and read from start to end. do-nothing "
+        "is a pyfuse3 file system that keeps nothing; busy gives it the mount's busy-polling.",
+    )
     with contextlib.ExitStack() as stack:
-        medium = stack.enter_context(_tmpfs())
-        loads: dict[str, Load] = {}
-        pids: dict[str, int] = {}
-        for name in names or PEERS:
-            mountpoint = Path(stack.enter_context(TemporaryDirectory(prefix="vfsmap-bench-")))
-            command = PEERS[name](Place(medium, mountpoint))
-            pids[name] = stack.enter_context(_running(command, mountpoint))
-            loads[name] = stack.enter_context(contextlib.closing(Load(mountpoint)))
-        met = report(alternate(MEASURES, loads, rounds), GOALS, as_json=as_json)
-        for name, pid in pids.items():
-            click.echo(f"{name}: {idle_share(pid):.2%} of a core when idle", err=True)
-        if "vfsmap" in loads:
-            growth = listing_growth(loads["vfsmap"].root)
-            click.echo(
-                f"vfsmap: an entry among 100,000 takes {growth:.2f} of one among 10,000", err=True
-            )
-    sys.exit(0 if met else 1)
-
-
-if __name__ == "__main__":
-    main()
+        medium = stack.enter_context(places.tmpfs("7G"))
+        loads, pids = {}, {}
+        for name, peer in PEERS.items():
+            program = name if name in ("fuse2fs", "bindfs") else "true"
+            if shutil.which(program) is None:
+                result.left_out.append(f"{name}, which is not installed")
+                continue
+            root, pids[name] = stack.enter_context(peer(medium))
+            loads[name] = stack.enter_context(contextlib.closing(Load(root)))
+        result.rates = alternate(MEASURES, loads, 2 if quick else 7)
+        judge(result, GOALS)
+        _latencies(result, loads, SAMPLES // 10 if quick else SAMPLES)
+        share = idle_share(pids["vfsmap"], 2 if quick else 10)
+        result.promise("idle: part of one core", share, IDLE_LIMIT, at_most=True)
+        few, many = counts = (1_000, 10_000) if quick else (10_000, 100_000)
+        costs = listing_costs(loads["vfsmap"].root, counts)
+        result.promise(
+            f"listing: an entry among {many:,} costs so many times one among {few:,}",
+            costs[many] / costs[few],
+            LISTING_LIMIT,
+            at_most=True,
+        )
+    return result

@@ -3,18 +3,15 @@
 Four ways to have the text of a host's modules in memory: bound to this host (nothing is written),
 bound to another one (what differs is laid over, in blocks of 4 KiB or 2 MiB), not bound at all
 (relocated and patched when loaded, over the same text), and the kernel's own way, a copy in RAM.
-Run it as ``python -m vfsmap_tools.bench.kmod``, after the tests have fetched a kernel package.
+The modules are those of a kernel package that the tests have fetched.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
-
-import click
 
 import vfsmap
 from vfsmap.guard import TextGuard
@@ -27,10 +24,13 @@ from vfsmap.kmod.pack import in_units, write_file
 from vfsmap.kmod.plan import pokes_between, trace_pokes, write_set
 from vfsmap.kmod.store import Store
 from vfsmap.units import KIB, PMD, PTE, Level, format_size
-from vfsmap_tools.bench.runner import Goal, Measure, alternate, report
-from vfsmap_tools.console import print_table
+from vfsmap_tools.bench.results import Grid, Result
+from vfsmap_tools.bench.runner import Goal, Measure, alternate, judge
 
 _MEDIUM: Final = Path("/dev/shm")
+_MODULES: Final = Path(".cache/debian/61")
+_HERE: Final = Path("tests/data/kmod/61max/host.json.xz")
+_THERE: Final = Path("tests/data/kmod/61off/host.json.xz")
 GOALS: Final = (Goal("load", "not bound 4K", 1.0), Goal("load", "not bound 2M", 1.0))
 
 
@@ -118,41 +118,41 @@ class Bench:
             return len(pokes) / (time.perf_counter() - start)
 
 
-@click.command()
-@click.option("--modules", type=Path, default=Path(".cache/debian/61"), help="A kernel package.")
-@click.option("--here", type=Path, default=Path("tests/data/kmod/61max/host.json.xz"))
-@click.option("--there", type=Path, default=Path("tests/data/kmod/61off/host.json.xz"))
-@click.option("--rounds", default=5, help="How often each is measured.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(modules: Path, here: Path, there: Path, rounds: int, as_json: bool) -> None:
-    """Measure loading; exit with 1 when being bound does not pay."""
-    if not modules.is_dir():
-        sys.exit(f"{modules} is not there; run the tests once, they fetch it")
+def run(quick: bool) -> Result:
+    """Measure loading."""
+    result = Result(
+        "kmod",
+        "Kernel modules loaded in place",
+        "The text of nine modules: bound to this host nothing of it is written; bound to another "
+        "host what differs is laid over; not bound, it is relocated and patched when loaded; "
+        "copied, as the kernel does it.",
+    )
+    if not _MODULES.is_dir():
+        result.left_out.append(f"everything: {_MODULES} is not there; `make test` fetches it")
+        return result
     with TemporaryDirectory(dir=_MEDIUM) as place:
-        bench = Bench(Path(place), modules, here, there)
+        bench = Bench(Path(place), _MODULES, _HERE, _THERE)
         ways = {way.name: way for way in bench.ways()}
         text = bench._copy()
-        print(f"{len(bench.modules)} modules, {format_size(text)} of text")
-        print_table(
-            ("way", "own text, KiB", "% of text"),
-            [
-                [name, own // KIB, f"{100 * own / text:.1f}"]
-                for name, own in ((name, way.load()) for name, way in ways.items())
-            ],
-        )
-        for level in (PTE, PMD):
-            rate = bench.pokes(level)
-            print(f"single pokes, {format_size(level.size)} blocks: {rate:,.0f} a second")
+        own = {name: way.load() for name, way in ways.items()}
+        columns = ["way", "own text, KiB", "% of text"]
+        rows: list[list[str | int | float]] = [
+            [name, size // KIB, round(100 * size / text, 1)] for name, size in own.items()
+        ]
+        title = f"Text of their own: {len(bench.modules)} modules, {format_size(text)} of text"
+        result.grids.append(Grid(title, columns, rows))
+        result.promise("bound here: bytes of text written", own["bound here"], 0, at_most=True)
+        pokes: list[list[str | int | float]] = [
+            [format_size(level.size), round(bench.pokes(level))] for level in (PTE, PMD)
+        ]
+        result.grids.append(Grid("Single pokes", ["blocks", "a second"], pokes))
 
         def loads(name: str) -> float:
             start = time.perf_counter()
             ways[name].load()
             return 1 / (time.perf_counter() - start)
 
-        rates = alternate([Measure("load", "1/s", loads)], {name: name for name in ways}, rounds)
-        if not report(rates, GOALS, as_json=as_json):
-            sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+        measures = [Measure("load", "1/s", loads)]
+        result.rates = alternate(measures, {name: name for name in ways}, 1 if quick else 5)
+        judge(result, GOALS)
+    return result

@@ -1,57 +1,31 @@
-"""What a mapping costs: asking for it, and copying out of it, beside their plain counterparts.
+"""What a mapping costs: asking for it, copying out of it, beside their plain counterparts."""
 
-Run it as ``python -m vfsmap_tools.bench.mapping``; it needs root, for a tmpfs.
-"""
-
-import json
 import mmap
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
-from tempfile import TemporaryDirectory
-from typing import Any, Final
-
-import click
+from typing import Final
 
 import vfsmap
-from vfsmap.units import MIB
+from vfsmap.pmem import libc, pages
+from vfsmap.units import MIB, PMD, PTE, format_size
+from vfsmap_tools.bench import places
+from vfsmap_tools.bench.results import Grid, Plot, Rates, Result
+from vfsmap_tools.bench.runner import Measure, alternate, distribution, quantiles, timed
 
 _SIZE: Final = 64 * MIB
+_RATE: Final = "calls/s"
 MAP_LIMIT: Final = 3.0
 """A warm map() takes at most so many round trips that pass a descriptor."""
 COPY_LIMIT: Final = 0.97
 """Copying out of a window is at least so fast as out of a plain mmap of the same medium."""
 
 
-def _run(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "vfsmap_tools.cli", *map(str, arguments)], check=True)
-
-
 @contextmanager
-def _mounted() -> Iterator[tuple[Path, Path]]:
-    """Yield a directory of a mounted pool, and the tmpfs that the pool is on."""
-    with ExitStack() as stack:
-        place = Path(stack.enter_context(TemporaryDirectory(prefix="vfsmap-bench-")))
-        medium, mountpoint = place / "medium", place / "mnt"
-        medium.mkdir()
-        mountpoint.mkdir()
-        options = "size=512M,huge=always"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "bench", medium], check=True)
-        stack.callback(lambda: subprocess.run(["umount", medium], check=True))
-        _run("format", medium / "pool", "--size", "256M")
-        _run("mount", medium / "pool", mountpoint)
-        stack.callback(_run, "umount", mountpoint)
-        yield mountpoint, medium
-
-
-@contextmanager
-def _echo() -> Iterator[Callable[[], None]]:
+def echo() -> Iterator[Callable[[], None]]:
     """Yield a function that has another process pass a descriptor back over a bare socket."""
     ours, theirs = socket.socketpair()
     child = os.fork()
@@ -80,67 +54,105 @@ def _echo() -> Iterator[Callable[[], None]]:
         os.waitpid(child, 0)
 
 
-def _microseconds(action: Callable[[], object], count: int) -> float:
-    began = time.perf_counter()
-    for _ in range(count):
-        action()
-    return (time.perf_counter() - began) / count * 1e6
+class _Peers:
+    """What is called, and what is copied out of."""
+
+    def __init__(self, path: Path, exchange: Callable[[], None], count: int) -> None:
+        self._path = path
+        self._exchange = exchange
+        self._count = count
+        self._windows: list[vfsmap.Window] = []
+
+    def _map(self) -> None:
+        self._windows.append(vfsmap.map(self._path))
+
+    def _close(self) -> None:
+        while self._windows:
+            self._windows.pop().close()
+
+    def rate(self, name: str) -> float:
+        """Return how often a second a mapping is made, or a descriptor passed."""
+        action = self._map if name == "vfsmap.map()" else self._exchange
+        began = time.perf_counter()
+        for _ in range(self._count):
+            action()
+        spent = time.perf_counter() - began
+        self._close()
+        return self._count / spent
+
+    def samples(self, name: str) -> list[float]:
+        """Return the microseconds of single calls."""
+        found = timed(self._map if name == "vfsmap.map()" else self._exchange, 10 * self._count)
+        self._close()
+        return found
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Return medians of alternating rounds."""
-    rounds, count = (5, 100) if quick else (15, 300)
-    with _mounted() as (mountpoint, medium), _echo() as exchange:
-        path, plain = mountpoint / "file", medium / "plain"
+def run(quick: bool) -> Result:
+    """Measure map() and copying out of a window."""
+    result = Result(
+        "mapping",
+        "Asking for a mapping, and using it",
+        f"vfsmap.map() of a file of {format_size(_SIZE)} on a warm connection beside a bare round "
+        "trip that passes a descriptor; copying out of the window beside copying out of a plain "
+        "mmap of the same tmpfs and of an mmap through the mount.",
+    )
+    with ExitStack() as stack:
+        medium = stack.enter_context(places.tmpfs("1G"))
+        mount = stack.enter_context(places.pool(medium, "256M"))
+        exchange = stack.enter_context(echo())
+        path, plain = mount / "file", medium / "plain"
         for target in (path, plain):
             target.write_bytes(os.urandom(MIB) * (_SIZE // MIB))
-        windows: list[vfsmap.Window] = []
-        costs: dict[str, list[float]] = {"round trip": [], "map": [], "window": [], "mmap": []}
-        buffer = bytearray(_SIZE)
-        with (
-            vfsmap.map(path, populate=True) as window,
-            plain.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
-        ):
-            view, other = window.view(), memoryview(mapped)
-            for _ in range(rounds):
-                costs["round trip"].append(_microseconds(exchange, count))
-                costs["map"].append(_microseconds(lambda: windows.append(vfsmap.map(path)), count))
-                while windows:
-                    windows.pop().close()
-                for name, source in (("window", view), ("mmap", other)):
-                    costs[name].append(_microseconds(lambda s=source: _copy(buffer, s), 3))  # type: ignore[misc]
-            view.release()
-            other.release()
-    medians = {name: median(values) for name, values in costs.items()}
-    return {
-        "microseconds": {name: round(value, 1) for name, value in medians.items()},
-        "map in round trips": round(medians["map"] / medians["round trip"], 2),
-        "window's share of mmap's speed": round(medians["mmap"] / medians["window"], 3),
-    }
+        stack.enter_context(vfsmap.map(path))  # keeps the connection warm
+        rounds, count = (5, 100) if quick else (15, 300)
+        peers = _Peers(path, exchange, count)
+        names = ["vfsmap.map()", "socket round trip"]
+        asking = [Measure("asking", _RATE, peers.rate)]
+        result.rates += alternate(asking, {name: name for name in names}, rounds)
+        trips = 1 / result.rates[0].ratio("socket round trip")
+        samples = {name: peers.samples(name) for name in names}
+        result.rates += _copying(path, plain, result, rounds)
+        share = result.rates[1].ratio("plain mmap")
+        result.promise("map(): in round trips", trips, MAP_LIMIT, at_most=True)
+        result.promise("copying: window's share of plain mmap's speed", share, COPY_LIMIT)
+    curves = [distribution(name, found) for name, found in samples.items()]
+    title = "map() and a bare round trip: share of calls that were faster"
+    result.plots.append(Plot("latency", title, "microseconds", "%", curves, log_x=True))
+    columns = ["call", "median", "90 %", "99 %", "99.9 %"]
+    rows: list[list[str | int | float]] = [[n, *quantiles(s)] for n, s in samples.items()]
+    result.grids.append(Grid("Latency, microseconds", columns, rows))
+    return result
 
 
-def _copy(buffer: bytearray, source: memoryview) -> None:
-    buffer[:] = source
+def _copying(path: Path, plain: Path, result: Result, rounds: int) -> list[Rates]:
+    buffer = bytearray(_SIZE)
+
+    def speed(source: memoryview) -> float:
+        began = time.perf_counter()
+        for _ in range(3):
+            buffer[:] = source
+        return 3 * _SIZE / MIB / (time.perf_counter() - began)
+
+    with ExitStack() as stack:
+        window = stack.enter_context(vfsmap.map(path, populate=True))
+        maps = {"window": window.view()}
+        for name, target in (("plain mmap", plain), ("mmap through the mount", path)):
+            file = stack.enter_context(target.open("rb"))
+            maps[name] = memoryview(
+                stack.enter_context(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            )
+        for view in maps.values():
+            stack.enter_context(view)
+        rates = alternate([Measure("copying", "MiB/s", speed)], maps, rounds)
+        rows: list[list[str | int | float]] = []
+        for name, view in maps.items():
+            sizes = _page_sizes(view)
+            rows.append([name, sizes.get(PMD.size, 0) // MIB, sizes.get(PTE.size, 0) // MIB])
+        result.grids.append(
+            Grid("How the kernel maps it, MiB", ["mapping", "by 2 MiB", "by 4 KiB"], rows)
+        )
+    return rates
 
 
-@click.command()
-@click.option("--quick", is_flag=True, help="Fewer rounds.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(quick: bool, as_json: bool) -> None:
-    """Measure map() and copying out of a window."""
-    found = run(quick)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            print(f"{name}: {value}")
-    met = (
-        found["map in round trips"] <= MAP_LIMIT
-        and found["window's share of mmap's speed"] >= COPY_LIMIT
-    )
-    sys.exit(not met)
-
-
-if __name__ == "__main__":
-    main()
+def _page_sizes(view: memoryview) -> dict[int, int]:
+    return pages.page_sizes(libc.address_of(view), len(view))

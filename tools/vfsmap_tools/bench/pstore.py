@@ -3,27 +3,25 @@
 A :class:`Recorder` on a file, without and with ECC, and through :mod:`logging`; beside
 ``logging.FileHandler``, which flushes each line, beside write(2) with fdatasync(2) in the same
 directory, and beside libpmemlog, which is given what it likes best: shared memory that it may take
-for persistent.  Run it as ``python -m vfsmap_tools.bench.pstore``, in a directory on a disk.
+for persistent.  The directory is the current one, to be on a disk.
 """
 
 import ctypes
 import itertools
-import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any, Final
+from typing import Final
 
-import click
-
+from vfsmap.errors import Unsupported
 from vfsmap.pstore import Geometry, Recorder, RecorderHandler, format_region
 from vfsmap.units import MIB
+from vfsmap_tools.bench.results import Plot, Result
+from vfsmap_tools.bench.runner import Goal, Measure, alternate, distribution, judge, timed
 
 LINE: Final = b"x" * 99 + b"\n"
 LEAST: Final = {"FileHandler": 3.0, "write, fdatasync": 50.0, "libpmemlog": 0.3}
@@ -81,7 +79,7 @@ def _pmemlog(path: Path) -> Iterator[Append]:
     library.pmemlog_rewind.argtypes = (ctypes.c_void_p,)
     log = library.pmemlog_create(os.fsencode(path), 256 * MIB, 0o600)
     if not log:
-        sys.exit(f"libpmemlog can't make {path}")
+        raise Unsupported(f"libpmemlog can't make {path}")
     try:
         yield lambda: library.pmemlog_append(log, LINE, len(LINE))
     finally:
@@ -95,11 +93,18 @@ def _rate(append: Append, count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def run(quick: bool, directory: Path | None = None) -> dict[str, Any]:
-    """Return lines a second, medians of alternating rounds, and the ratios that were promised."""
+def run(quick: bool) -> Result:
+    """Measure lines a second."""
     rounds, lines = (7, 5000) if quick else (21, 10000)
+    result = Result(
+        "pstore",
+        "A line of the crash log",
+        f"Console lines of {len(LINE)} bytes, stored by a Recorder without a system call, beside "
+        "what else keeps a program's last words.",
+    )
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
+        # on a disk, if there is one: what is compared with has to get there
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
         memory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY)))
         plain, coded, logged = (
             stack.enter_context(_recorder(home, ecc))
@@ -116,41 +121,17 @@ def run(quick: bool, directory: Path | None = None) -> dict[str, Any]:
             "write, fdatasync": stack.enter_context(_synced(place / "synced.log")),
             "libpmemlog": stack.enter_context(_pmemlog(memory / "pmemlog")),
         }
-        rates: dict[str, list[float]] = {name: [] for name in peers}
-        for number in range(rounds):
-            turn = list(peers.items())
-            for name, append in turn[number % len(turn) :] + turn[: number % len(turn)]:
-                rates[name].append(_rate(append, _LINES.get(name, lines)))
-    medians = {name: median(values) for name, values in rates.items()}
-    ours = medians["Recorder"]
-    return {
-        "lines a second": {name: round(value) for name, value in medians.items()},
-        "times as many as": {name: round(ours / medians[name], 2) for name in LEAST},
-        "times slower with ECC 16": round(ours / medians["Recorder, ECC 16"], 1),
-    }
 
+        def rate(name: str) -> float:
+            return _rate(peers[name], _LINES.get(name, lines))
 
-def met(found: dict[str, Any]) -> bool:
-    """Tell whether every promise is kept."""
-    ratios = found["times as many as"]
-    enough = all(ratios[name] >= least for name, least in LEAST.items())
-    return enough and found["times slower with ECC 16"] <= ECC_LIMIT
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="Fewer rounds.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--directory", type=click.Path(path_type=Path), help="Where the files are made.")
-def main(quick: bool, as_json: bool, directory: Path | None) -> None:
-    """Measure recording a line."""
-    found = run(quick, directory)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            print(f"{name}: {value}")
-    sys.exit(not met(found))
-
-
-if __name__ == "__main__":
-    main()
+        measures = [Measure("recording", "lines/s", rate)]
+        result.rates = alternate(measures, {name: name for name in peers}, rounds)
+        judge(result, [Goal("recording", name, least) for name, least in LEAST.items()])
+        slower = result.rates[0].ratio("Recorder, ECC 16")
+        result.promise("recording: times slower with ECC 16", slower, ECC_LIMIT, at_most=True)
+        samples = {name: timed(append, _LINES.get(name, lines)) for name, append in peers.items()}
+    curves = [distribution(name, found) for name, found in samples.items()]
+    title = "One line: share of calls that were faster"
+    result.plots.append(Plot("latency", title, "microseconds", "%", curves, log_x=True))
+    return result

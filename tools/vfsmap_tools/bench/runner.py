@@ -1,18 +1,19 @@
-"""Measure peers in turn, compare their medians, and hold the ratios against goals.
+"""Measure peers in turn.
 
 A machine's speed changes from minute to minute, so peers are never measured one after the other:
 every round measures each of them once, and each round starts with another one.
 """
 
-import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
-from rich.console import Console
-from rich.table import Table
+from vfsmap_tools.bench.results import Curve, Rates, Result
 
 P = TypeVar("P")
+_QUANTILES: Final = (0.5, 0.9, 0.99, 0.999)
+_POINTS: Final = 60
 
 
 class Measure(NamedTuple, Generic[P]):
@@ -31,91 +32,53 @@ class Goal(NamedTuple):
     ratio: float
 
 
-class Outcome(NamedTuple):
-    """What was measured for a goal."""
-
-    goal: Goal
-    ratio: float
-
-    @property
-    def met(self) -> bool:
-        """Tell whether the promise is kept."""
-        return self.ratio >= self.goal.ratio
-
-
-class Rates:
-    """The rates of every measure and peer, one for each round."""
-
-    def __init__(self, measures: Sequence[Measure[P]], peers: Sequence[str]) -> None:
-        self.units = {measure.name: measure.unit for measure in measures}
-        self.peers = list(peers)
-        self.rounds: dict[tuple[str, str], list[float]] = {
-            (name, peer): [] for name in self.units for peer in peers
-        }
-
-    def median(self, measure: str, peer: str) -> float:
-        """Return the middle rate of all rounds."""
-        return statistics.median(self.rounds[measure, peer])
-
-    def ratio(self, measure: str, peer: str) -> float:
-        """Return the first peer's median over that of ``peer``."""
-        return self.median(measure, self.peers[0]) / self.median(measure, peer)
-
-    def outcomes(self, goals: Sequence[Goal]) -> list[Outcome]:
-        """Return what was measured for each goal whose measure and peer took part."""
-        return [
-            Outcome(goal, self.ratio(goal.measure, goal.peer))
-            for goal in goals
-            if (goal.measure, goal.peer) in self.rounds
-        ]
-
-
-def alternate(measures: Sequence[Measure[P]], peers: dict[str, P], rounds: int) -> Rates:
+def alternate(measures: Sequence[Measure[P]], peers: dict[str, P], rounds: int) -> list[Rates]:
     """Return the rates of ``rounds`` rounds, each peer measured once in each."""
-    rates = Rates(measures, list(peers))
+    found = [Rates(each.name, each.unit, {name: [] for name in peers}) for each in measures]
     order = list(peers.items())
     for number in range(rounds):
         turn = number % len(order)
-        for measure in measures:
+        for measure, rates in zip(measures, found, strict=True):
             for name, peer in order[turn:] + order[:turn]:
-                rates.rounds[measure.name, name].append(measure.run(peer))
-    return rates
+                rates.rounds[name].append(round(measure.run(peer), 4))
+    return found
 
 
-def report(rates: Rates, goals: Sequence[Goal], *, as_json: bool) -> bool:
-    """Print the medians and the ratios; return whether every goal is met."""
-    outcomes = rates.outcomes(goals)
-    if as_json:
-        print(json.dumps(_plain(rates, outcomes), indent=2))
-    else:
-        Console().print(_table(rates, outcomes))
-    return all(outcome.met for outcome in outcomes)
+def judge(result: Result, goals: Sequence[Goal]) -> None:
+    """Hold the rates of a result against goals whose measure and peer took part."""
+    rates = {each.measure: each for each in result.rates}
+    for measure, peer, ratio in goals:
+        if measure in rates and peer in rates[measure].rounds:
+            what = f"{measure}: times as fast as {peer}"
+            result.promise(what, rates[measure].ratio(peer), ratio)
 
 
-def _plain(rates: Rates, outcomes: Sequence[Outcome]) -> dict[str, object]:
-    medians = {
-        name: {peer: round(rates.median(name, peer), 1) for peer in rates.peers} | {"unit": unit}
-        for name, unit in rates.units.items()
-    }
-    compared = [
-        {**outcome.goal._asdict(), "measured": round(outcome.ratio, 2), "met": outcome.met}
-        for outcome in outcomes
-    ]
-    return {"medians": medians, "goals": compared}
+def timed(action: Callable[[], object], count: int) -> list[float]:
+    """Return the microseconds that each of ``count`` calls took."""
+    clock = time.perf_counter_ns
+    spent = []
+    for _ in range(count):
+        began = clock()
+        action()
+        spent.append((clock() - began) / 1e3)
+    return spent
 
 
-def _table(rates: Rates, outcomes: Sequence[Outcome]) -> Table:
-    table = Table("measure", "unit", *rates.peers, "goals")
-    for name, unit in rates.units.items():
-        cells = [f"{rates.median(name, peer):,.0f}" for peer in rates.peers]
-        table.add_row(name, unit, *cells, "\n".join(_verdicts(name, outcomes)))
-    return table
+def distribution(label: str, samples: Sequence[float]) -> Curve:
+    """Return a curve that tells for each duration what share of the samples was shorter."""
+    ordered = sorted(samples)
+    # finer towards the slow end, where it matters
+    shares = [1 - 10 ** (-3 * n / _POINTS) for n in range(_POINTS + 1)]
+    values = [ordered[min(int(share * len(ordered)), len(ordered) - 1)] for share in shares]
+    return Curve(label, [round(v, 2) for v in values], [round(100 * s, 3) for s in shares])
 
 
-def _verdicts(name: str, outcomes: Sequence[Outcome]) -> list[str]:
-    return [
-        f"[{'green' if outcome.met else 'red'}]{outcome.ratio:.2f}[/] of {outcome.goal.peer}, "
-        f"goal {outcome.goal.ratio}"
-        for outcome in outcomes
-        if outcome.goal.measure == name
-    ]
+def quantiles(samples: Sequence[float]) -> list[float]:
+    """Return median, 90th, 99th and 99.9th percentile."""
+    ordered = sorted(samples)
+    return [round(ordered[min(int(q * len(ordered)), len(ordered) - 1)], 1) for q in _QUANTILES]
+
+
+def median_of(action: Callable[[], float], rounds: int) -> float:
+    """Return the middle one of what ``rounds`` calls return."""
+    return statistics.median(action() for _ in range(rounds))

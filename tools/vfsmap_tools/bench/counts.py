@@ -1,7 +1,6 @@
-"""Opening a pool of many files, and its memory; listing and asking about a large directory.
+"""What the number of files costs: opening a pool, memory, making, listing and asking about them.
 
-Run it as ``python -m vfsmap_tools.bench.opening``; it needs some 2 GiB in /dev/shm for a million
-files, a tenth with ``--quick``.
+It needs some 4 GiB in /dev/shm for a million files.
 """
 
 import json
@@ -10,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
-
-import click
+from typing import Final
 
 from vfsmap.fs import FileSystem
 from vfsmap.pool import Pool
 from vfsmap.units import GIB, KIB
+from vfsmap_tools.bench.results import Curve, Grid, Plot, Result
 
-COUNTS: Final = (1_000, 10_000, 100_000, 1_000_000)
+COUNTS: Final = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+_QUICK_COUNTS: Final = 5
 _LIMITS: Final = {100_000: 1.0, 1_000_000: 8.0}
 """Seconds in which a pool of so many files is promised to open."""
 _MEMORY_LIMIT: Final = 1.2 * KIB
@@ -59,7 +58,7 @@ def opened(path: Path) -> dict[str, float]:
     return answer
 
 
-def directory_costs(count: int) -> dict[str, float]:
+def directory_costs(count: int) -> tuple[float, float]:
     """Return microseconds an entry for listing a directory, and for asking about each name."""
     with (
         TemporaryDirectory(dir="/dev/shm") as place,
@@ -73,54 +72,55 @@ def directory_costs(count: int) -> dict[str, float]:
         for _, name, _ in entries:
             fs.lookup(1, name)
         asked = time.perf_counter()
-    return {"readdir_us": (listed - began) / count * 1e6, "stat_us": (asked - listed) / count * 1e6}
+    return (listed - began) / count * 1e6, (asked - listed) / count * 1e6
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Return what was measured, by the number of files."""
-    found: dict[str, Any] = {"opening": {}, "directory": {}}
-    for count in COUNTS[: -1 if quick else None]:
+def run(quick: bool) -> Result:
+    """Measure how costs grow with the number of files."""
+    result = Result(
+        "counts",
+        "Cost against the number of files",
+        "Pools of small files, a thousand to a directory, opened in a process of its own; and one "
+        "directory of so many files, listed, each name asked for. The library alone, no mount.",
+    )
+    rows: list[list[str | int | float]] = []
+    for count in COUNTS[: _QUICK_COUNTS if quick else None]:
         with TemporaryDirectory(dir="/dev/shm") as place:
             pool = Path(place) / "pool"
+            began = time.perf_counter()
             fill(pool, count)
+            made = (time.perf_counter() - began) / count * 1e6
             cost = opened(pool)
-        found["opening"][count] = {
-            "seconds": round(cost["seconds"], 3),
-            "us_per_file": round(cost["seconds"] / count * 1e6, 2),
-            "bytes_per_file": round(cost["memory"] / count),
-        }
-    for count in COUNTS[1:3]:
-        found["directory"][count] = {k: round(v, 2) for k, v in directory_costs(count).items()}
-    return found
+        directory = directory_costs(count)
+        memory = cost["memory"] / count
+        rows.append([count, cost["seconds"], round(memory), made, *directory])
+        if count in _LIMITS:
+            what = f"opening {count:,} files: seconds"
+            result.promise(what, cost["seconds"], _LIMITS[count], at_most=True)
+            what = f"opening {count:,} files: bytes of memory a file"
+            result.promise(what, memory, _MEMORY_LIMIT, at_most=True)
+    columns = [
+        "files",
+        "open, s",
+        "memory a file, bytes",
+        "create and write, us",
+        "list, us an entry",
+        "look up, us",
+    ]
+    result.grids.append(Grid("", columns, rows))
+    counts = [float(row[0]) for row in rows]
 
+    def curve(label: str, at: int) -> Curve:
+        return Curve(label, counts, [float(row[at]) for row in rows])
 
-def met(found: dict[str, Any]) -> bool:
-    """Tell whether the promises are kept."""
-    return all(
-        found["opening"][count]["seconds"] <= limit
-        and found["opening"][count]["bytes_per_file"] <= _MEMORY_LIMIT
-        for count, limit in _LIMITS.items()
-        if count in found["opening"]
-    )
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="Up to 100,000 files only.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(quick: bool, as_json: bool) -> None:
-    """Measure how opening, memory and directories grow with the number of files."""
-    found = run(quick)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        for what, rows in found.items():
-            for count, row in rows.items():
-                facts = ", ".join(
-                    f"{name.replace('_', ' ')} {value}" for name, value in row.items()
-                )
-                print(f"{what:10} {count:>9,} files: {facts}")
-    sys.exit(not met(found))
-
-
-if __name__ == "__main__":
-    main()
+    opening = [curve("opening a pool", 1)]
+    single = [
+        curve("create and write", 3),
+        curve("list, an entry", 4),
+        curve("look up", 5),
+    ]
+    result.plots += [
+        Plot("opening", "Opening a pool", "files", "seconds", opening, log_x=True, log_y=True),
+        Plot("single", "One file", "files", "microseconds", single, log_x=True, log_y=True),
+    ]
+    return result
