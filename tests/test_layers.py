@@ -12,6 +12,7 @@ LAYERS = (
     ("vfsmap.testing",),
     ("vfsmap_tools.bench",),
     ("vfsmap_tools",),
+    ("vfsmap.fsspec",),
     ("vfsmap.daemon", "vfsmap_fuse"),
     ("vfsmap.kmod",),
     ("vfsmap.guard", "vfsmap.verity", "vfsmap.pstore"),
