@@ -34,15 +34,15 @@ def server() -> Iterator[Server]:
         yield served
 
 
-def url(server: Server) -> str:
-    found = re.findall(r"Prometheus at (\S+)", server.log.read_text())
+def url(log: Path) -> str:
+    found = re.findall(r"Prometheus at (\S+)", log.read_text())
     assert found
     return str(found[-1])
 
 
-def scrape(server: Server) -> Found:
+def scrape(log: Path) -> Found:
     """Return values by name and labels' values."""
-    with urlopen(url(server)) as answer:
+    with urlopen(url(log)) as answer:
         text = answer.read().decode()
     return {
         (sample.name, frozenset(sample.labels.values())): sample.value
@@ -56,12 +56,12 @@ def value(found: Found, name: str, *labels: str) -> float:
 
 
 def test_requests_are_counted_with_their_durations_errors_and_bytes(server: Server) -> None:
-    before = scrape(server).get((COUNT, frozenset({"create"})), 0)
+    before = scrape(server.log).get((COUNT, frozenset({"create"})), 0)
     (server.directory / "file").write_bytes(bytes(300_000))
     for _ in range(3):
         with pytest.raises(FileExistsError):
             (server.directory / "file").mkdir()
-    found = scrape(server)
+    found = scrape(server.log)
     assert found[COUNT, frozenset({"create"})] == before + 1
     assert value(found, "request_bytes_total", "write") >= 300_000
     assert value(found, "request_duration_seconds_sum", "write") > 0
@@ -77,7 +77,7 @@ def test_requests_are_counted_with_their_durations_errors_and_bytes(server: Serv
 
 def test_the_numbers_are_those_that_the_daemon_tells(server: Server) -> None:
     stats, _ = connect(server.directory).call("Stats")
-    found = scrape(server)
+    found = scrape(server.log)
     assert value(found, "pool_size_bytes") == stats["size"] == 128 * MIB
     assert value(found, "pool_free_bytes") == stats["free"]
     assert value(found, "inodes") == stats["inodes"]
@@ -92,9 +92,9 @@ def test_the_numbers_are_those_that_the_daemon_tells(server: Server) -> None:
 def test_leases_events_and_huge_pages_are_told(server: Server) -> None:
     path = server.directory / "large"
     path.write_bytes(bytes(8 * MIB))
-    granted = value(scrape(server), "events_total", "granted")
+    granted = value(scrape(server.log), "events_total", "granted")
     with library.map(path), library.map(path, writable=True):
-        found = scrape(server)
+        found = scrape(server.log)
     assert value(found, "leases", "read") == 1
     assert value(found, "leases", "write") == 1
     assert value(found, "events_total", "granted") == granted + 2
@@ -105,8 +105,21 @@ def test_leases_events_and_huge_pages_are_told(server: Server) -> None:
     assert 0 < value(found, "free_unit_bytes", "2M") <= value(found, "pool_free_bytes")
 
 
+def test_a_follower_has_metrics_of_its_own(server: Server) -> None:
+    second, log = server.directory.with_name("second"), server.log.with_name("second.log")
+    second.mkdir()
+    vfsmap("mount", "--follow", server.pool, second, "--metrics", "0", "--log", log)
+    try:
+        list(second.iterdir())
+        found = scrape(log)
+    finally:
+        vfsmap("umount", second)
+    assert value(found, "pool_writable") == 0
+    assert value(found, "request_duration_seconds_count", "readdir") > 0
+
+
 def test_metrics_are_for_this_machine_alone_unless_a_host_is_named(server: Server) -> None:
-    port = int(url(server).rpartition(":")[2].removesuffix("/metrics"))
+    port = int(url(server.log).rpartition(":")[2].removesuffix("/metrics"))
     listening = [
         fields[1]
         for fields in map(str.split, Path("/proc/net/tcp").read_text().splitlines()[1:])
@@ -116,10 +129,10 @@ def test_metrics_are_for_this_machine_alone_unless_a_host_is_named(server: Serve
 
 
 def test_clients_that_only_come_take_nothing_from_the_mount(server: Server) -> None:
-    host, port = url(server).removeprefix("http://").removesuffix("/metrics").split(":")
+    host, port = url(server.log).removeprefix("http://").removesuffix("/metrics").split(":")
     descriptors = Path(f"/proc/{server.pid}/fd")
     threads = Path(f"/proc/{server.pid}/task")
-    scrape(server)
+    scrape(server.log)
     before = len(os.listdir(descriptors)), len(os.listdir(threads))
     with ExitStack() as stack:
         for _ in range(40):
@@ -133,16 +146,16 @@ def test_clients_that_only_come_take_nothing_from_the_mount(server: Server) -> N
         after = len(os.listdir(descriptors)), len(os.listdir(threads))
     assert after[0] <= before[0] + 2
     assert after[1] <= before[1] + 2
-    assert value(scrape(server), "pool_writable") == 1
+    assert value(scrape(server.log), "pool_writable") == 1
 
 
 def test_a_server_ends_while_a_client_dawdles(server: Server) -> None:
-    host, port = url(server).removeprefix("http://").removesuffix("/metrics").split(":")
+    host, port = url(server.log).removeprefix("http://").removesuffix("/metrics").split(":")
     with socket.create_connection((host, int(port))) as sock:
         sock.send(b"GET /metr")
         server.unmount()
     server.mount()
-    assert value(scrape(server), "inodes") >= 1
+    assert value(scrape(server.log), "inodes") >= 1
 
 
 @pytest.mark.parametrize(

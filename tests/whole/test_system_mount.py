@@ -100,6 +100,23 @@ def test_fstab_carries_the_options_of_the_server(place: Place) -> None:
     assert "'eternal' is not one of" in place.run("mount", "-T", place.fstab, "-a", check=False)
 
 
+def test_fstab_mounts_followers_beside_the_writer(place: Place) -> None:
+    second = place.directory.with_name("second")
+    second.mkdir()
+    place.write_fstab("defaults")
+    with place.fstab.open("a") as fstab:
+        fstab.write(f"{place.pool} {second} fuse.vfsmap follow,nofail 0 0\n")
+    place.run("mount", "-T", place.fstab, "-a")
+    place.see("file").write_bytes(b"text")
+    followed = place.machine.path(second / "file")
+    while not followed.exists():
+        os.sched_yield()
+    assert place.run("mount", "-T", place.fstab, "-a", "-v").count("already mounted") == 2
+    place.run("umount", second)  # does not wait for the writer
+    assert place.see("file").read_bytes() == b"text"
+    place.run("umount", place.directory)
+
+
 @pytest.mark.parametrize("command", [("-f",), ("-f", "-v", "-n")])
 def test_a_mount_that_is_only_pretended_does_nothing(place: Place, command: list[str]) -> None:
     place.run("mount", "-t", "fuse.vfsmap", *command, place.pool, place.directory)

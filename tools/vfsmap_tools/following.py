@@ -9,12 +9,13 @@ from pathlib import Path
 
 import trio
 
+from vfsmap.daemon.stats import Statistics
 from vfsmap.errors import Invalid
 from vfsmap.fs import FollowedFileSystem
 from vfsmap.pool import Pool
 from vfsmap_fuse.following import keep_current
 from vfsmap_fuse.mount import mounted
-from vfsmap_tools.server import ServerOptions, run_until_done, stop_on_signal
+from vfsmap_tools.server import ServerOptions, answering_prometheus, run_until_done, stop_on_signal
 
 
 def run_follower(
@@ -43,8 +44,11 @@ async def _follow(
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         nursery.start_soon(stop_on_signal, nursery.cancel_scope)
+        statistics = Statistics(fs)
+        await stack.enter_async_context(answering_prometheus(options, pool, statistics))
+        tallies = statistics.requests
         mount = await stack.enter_async_context(
-            mounted(fs, mountpoint, options.mount, sync=_nothing, seal=_nothing)
+            mounted(fs, mountpoint, options.mount, sync=_nothing, seal=_nothing, tallies=tallies)
         )
         # of its own, so that it is over before the mount is: it talks to the kernel
         polling = await stack.enter_async_context(trio.open_nursery())

@@ -6,7 +6,7 @@ import signal
 import socket as sockets
 import stat
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,17 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+def answering_prometheus(
+    options: ServerOptions, pool: Pool, statistics: Statistics
+) -> AbstractAsyncContextManager[object]:
+    """Return what answers Prometheus for as long as a block lasts, if that was asked for."""
+    if options.metrics is None:
+        return nullcontext()
+    from vfsmap_tools.metrics import exporting  # needs a package that not all have
+
+    return exporting(options.metrics, pool, statistics)
+
+
 async def _watched(serve: Callable[[*Ts], Awaitable[None]], arguments: tuple[*Ts]) -> None:
     async with watched():
         await serve(*arguments)
@@ -123,10 +134,7 @@ async def _serve(
         nursery.start_soon(stop_on_signal, nursery.cancel_scope)
         seal = partial(seal_file, fs, committer.sync)
         statistics = Statistics(fs)
-        if options.metrics:
-            from vfsmap_tools.metrics import exporting  # needs a package that not all have
-
-            await stack.enter_async_context(exporting(options.metrics, pool, statistics))
+        await stack.enter_async_context(answering_prometheus(options, pool, statistics))
         serve = partial(
             serve_mapping,
             fs,

@@ -38,8 +38,13 @@ _BARE_TARGETS: Final = (
 _INIT: Final = """
 set -eu
 mount --make-rslave /
+mount -t tmpfs vfsmap-test "$SCRATCH"
+number=0
 for pair in $LAYERS; do
-    mount -t overlay vfsmap-test -o "lowerdir=${pair%=*}:${pair#*=}" "${pair#*=}"
+    number=$((number + 1))
+    mkdir "$SCRATCH/upper$number" "$SCRATCH/work$number"
+    mount -t overlay vfsmap-test "${pair#*=}" -o "lowerdir=${pair%=*}:${pair#*=},\
+upperdir=$SCRATCH/upper$number,workdir=$SCRATCH/work$number"
 done
 [ -z "$FSTAB" ] || mount --bind "$FSTAB" /etc/fstab
 if [ "$1" = systemd ]; then
@@ -95,7 +100,7 @@ def machine(layers: Mapping[Path, Path], fstab: Path | None = None) -> Iterator[
     """Yield a machine.
 
     Args:
-        layers: directories and what to lay over each.
+        layers: directories and what to lay over each; changes are the machine's own.
         fstab: its /etc/fstab.
     """
     with _booted(["bare"], layers, fstab, {}) as (made, process):
@@ -112,7 +117,7 @@ def systemd(
 
     Args:
         units: directories of unit files, besides which it knows empty targets and its fstab.
-        layers: directories and what to lay over each.
+        layers: directories and what to lay over each; changes are the machine's own.
         fstab: its /etc/fstab.
     """
     with (
@@ -147,13 +152,17 @@ def _booted(
 ) -> Iterator[tuple[Machine, subprocess.Popen[str]]]:
     pairs = " ".join(f"{upper}={os.path.realpath(lower)}" for lower, upper in layers.items())
     spaces = ["--mount", "--pid", "--cgroup", "--uts", "--fork", "--mount-proc", "--kill-child"]
-    with subprocess.Popen(
-        ["unshare", *spaces, "sh", "-c", _INIT, "init", *kind],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "LAYERS": pairs, "FSTAB": str(fstab or ""), **settings},
-    ) as process:
+    environment = {**os.environ, "LAYERS": pairs, "FSTAB": str(fstab or ""), **settings}
+    with (
+        tempfile.TemporaryDirectory(prefix="vfsmap-") as scratch,
+        subprocess.Popen(
+            ["unshare", *spaces, "sh", "-c", _INIT, "init", *kind],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "SCRATCH": scratch},
+        ) as process,
+    ):
         first = _child_of(process)
         pidfd = os.pidfd_open(first)
         try:
