@@ -2,9 +2,11 @@
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ from vfsmap.units import MIB, PTE
 
 STRANGER = 65534
 _PROCESS_VM_WRITEV = 311
+_PKEY_MPROTECT = 329
+_USERFAULTFD = 323
+_UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 _MADV_REMOVE = 9
 
 
@@ -123,6 +128,31 @@ def test_another_process_cannot_write_it_either(window: Window) -> None:
 def test_a_hole_cannot_be_punched_through_the_window(window: Window) -> None:
     base, length = window.mapped
     assert errno_of(libc.madvise, base, length, _MADV_REMOVE) in (errno.EACCES, errno.EPERM)
+
+
+def test_no_other_call_gets_at_its_pages(window: Window) -> None:
+    base, length = window.mapped
+    wrong = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EFAULT)
+    assert errno_of(libc.madvise, base, length, libc.MADV_POPULATE_WRITE) in wrong
+    library = ctypes.CDLL(None, use_errno=True)
+
+    def failed(*arguments: Any) -> int:
+        done = library.syscall(*arguments)
+        return ctypes.get_errno() if done == -1 else 0
+
+    span = ctypes.c_ulong(base), ctypes.c_ulong(length)
+    assert failed(_PKEY_MPROTECT, *span, libc.PROT_READ | libc.PROT_WRITE, -1) in wrong
+    fd = library.syscall(_USERFAULTFD, os.O_CLOEXEC)
+    assert fd >= 0
+    try:
+        api = struct.pack("<QQQ", 0xAA, 0, 0)
+        fcntl.ioctl(fd, _UFFDIO_API, api)
+        for mode in (1, 2, 4):  # missing pages, write protection, minor faults
+            wanted = struct.pack("<QQQQ", base, length, mode, 0)
+            with pytest.raises(OSError, match=r"not permitted|Invalid"):
+                fcntl.ioctl(fd, _UFFDIO_REGISTER, wanted)
+    finally:
+        os.close(fd)
 
 
 def test_the_descriptor_that_a_reader_gets_is_read_only(client: Client, text: Path) -> None:
