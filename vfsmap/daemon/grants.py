@@ -63,6 +63,8 @@ class Grants:
                 await self._prepare(ino, fd, offset, length, unit, writable=writable)
             finally:
                 self._fs.drop(ino)
+        if self._fs.tail_needs_commit(ino):
+            await self._sync()  # else zeroing the tail would do it, and keep everybody waiting
         # nothing waits in here, so what is checked is so when the range is pinned
         lease = self._grant_now(ino, holder, offset, length, level, writable=writable)
         if writable and self._fs.pool.grouped:

@@ -184,12 +184,30 @@ class Data(Placing):
         end = MAX_SIZE if length is None else offset + length
         return list(self.map_of(ino).overlapping(offset, end))
 
+    def tail_needs_commit(self, ino: int) -> bool:
+        """Tell whether what lies behind a file's end may be zeroed only after a group commit.
+
+        What was cut off a moment ago is the file's content still, should a crash come before the
+        cut is durable.
+        """
+        return self.pool.grouped and not self.pool.journal.quiet and not self._is_tail_clean(ino)
+
+    def _is_tail_clean(self, ino: int) -> bool:
+        if ino not in self._clean_tails and self.map_of(ino).is_hole(self.file(ino).size, MAX_SIZE):
+            self._clean_tails.add(ino)
+        return ino in self._clean_tails
+
     def zero_tail(self, ino: int) -> None:
         """Zero what the file's extents hold behind its end, before a window shows it.
 
+        Raises:
+            MediumError: the medium refused; the pool is read-only from now on.
+
         Crash: any mix of old bytes and zeros, all of them behind the end.
         """
-        if ino not in self._clean_tails:
+        if not self._is_tail_clean(ino):
+            if self.tail_needs_commit(ino):
+                self.pool.sync()
             self._zero(self.map_of(ino), self.file(ino).size, MAX_SIZE)
             self._clean_tails.add(ino)
 

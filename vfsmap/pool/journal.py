@@ -68,6 +68,11 @@ class Journal:
         """Tell whether transactions wait for a group commit."""
         return bool(self._pending)
 
+    @property
+    def quiet(self) -> bool:
+        """Tell whether everything that was done is durable."""
+        return not self._pending and self._in_flight is None
+
     def replay(self) -> None:
         """Read the log.
 
