@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -385,3 +386,18 @@ def test_a_view_in_use_keeps_the_medium_from_closing_and_growing(file: Path) -> 
     pmem.close()
     pmem.close()
     assert file.stat().st_size == MIB
+
+
+def test_a_store_to_a_full_disk_is_an_error_and_no_bus_error() -> None:
+    with media.ext4_loop("48M") as place:
+        made = Pmem.create(place / "pool", 64 * MIB)
+        at = 0
+        with suppress(NoSpace):
+            for at in range(0, made.size, 64 * KIB):
+                made.reserve(at, 64 * KIB)
+                made.store(at, b"x" * 64 * KIB)
+        assert 16 * MIB < at < 48 * MIB
+        assert made.view[at - 64 * KIB : at] == b"x" * 64 * KIB
+        with pytest.raises(NoSpace, match="can't write to"):
+            made.store(48 * MIB, b"x" * 64 * KIB)
+        made.close()

@@ -85,6 +85,7 @@ class Pmem:
         self.size = size_of(fd)
         self._map = self._map_all()
         self.view = memoryview(self._map)
+        self._written = writable and self.medium.commit is Commit.SYNC
         self._flusher = libpmem() if self.medium.commit is Commit.FLUSH else None
         self._address = libc.address_of(self._map) if self._flusher and writable else 0
 
@@ -203,9 +204,27 @@ class Pmem:
     def store(self, offset: int, data: bytes | memoryview | bytearray) -> None:
         """Copy ``data`` to ``offset``.
 
+        Raises:
+            NoSpace, MediumError: the file system below refused.
+
         Crash: any mix of old and new words of the range.
         """
-        self.view[offset : offset + len(data)] = data
+        if self._written:
+            self._write(offset, data)
+        else:
+            self.view[offset : offset + len(data)] = data
+
+    def _write(self, offset: int, data: bytes | memoryview | bytearray) -> None:
+        # On a full disk ext4 refuses page faults even of blocks that it has set aside, which is a
+        # bus error; write(2) finds room there, or says that there is none.
+        rest = memoryview(data)
+        try:
+            while rest:
+                written = os.pwrite(self.fd, rest, offset)
+                offset += written
+                rest = rest[written:]
+        except OSError as exc:
+            raise _translated(exc, f"can't write to {self.path}") from exc
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros; for ranges smaller than the medium's page, or that must stay in place.
