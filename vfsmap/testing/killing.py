@@ -28,10 +28,13 @@ from typing import Final
 
 import click
 
+from vfsmap.fs.check import check
+from vfsmap.pmem import Pmem
+from vfsmap.pool.scan import scan
 from vfsmap.testing import media
 from vfsmap.testing.commands import vfsmap
 from vfsmap.testing.trees import Record, observe
-from vfsmap.testing.writing import write_until_gone
+from vfsmap.testing.writing import Writer, write_until_gone
 from vfsmap_tools.mounts import find_mount
 
 WRITERS: Final = 8
@@ -45,7 +48,7 @@ _LONGEST: Final = 1.2
 """Seconds that the writers have at most."""
 _PATIENCE: Final = 20
 """Seconds that what a server leaves behind may take to go away."""
-_HANG: Final = 180
+_HANG: Final = 300
 """Seconds after which a round has failed."""
 _STARTING: Final = 8
 """One round in so many kills the server while it starts."""
@@ -163,14 +166,18 @@ class Arena:
         return found
 
     def require_clean(self) -> None:
-        """Do nothing when ``vfsmap check`` has nothing to say.
+        """Do nothing when a check of the pool finds nothing.
 
         Raises:
-            Lost: it has.
+            Lost: it does.
         """
-        done = vfsmap("check", self.pool, check=False)
-        if done.returncode:
-            raise Lost(f"check: {done.stdout}{done.stderr}")
+        pmem = Pmem.open(self.pool, writable=False)
+        try:
+            damage = check(scan(pmem)).damage
+        finally:
+            pmem.close()
+        if damage:
+            raise Lost(f"check: {'; '.join(map(str, damage))}")
 
     def place(self, number: int) -> Path:
         """Return a writer's directory."""
@@ -280,6 +287,7 @@ def _write_and_kill(made: Arena, seed: int, chance: random.Random) -> list[Recor
         made.kill()
         for writer, pipe in writers:
             pipe.close()
+            writer.kill()  # one that still has something to tell would wait for ever
             writer.join()
 
 
@@ -291,10 +299,11 @@ def _record_of(answer: Record | str) -> Record:
 
 def _be_writer(made: Arena, number: int, seed: int, pipe: Connection) -> None:
     with opened(made.place(number)) as fd:
+        writer = Writer(fd, seed)
         pipe.send("ready")
         pipe.recv()
         try:
-            pipe.send(write_until_gone(fd, seed, by_fsync=made.by_fsync))
+            pipe.send(write_until_gone(writer, by_fsync=made.by_fsync))
         except Exception as exc:
             pipe.send(f"writer {number}: {exc!r}")
 
@@ -309,7 +318,9 @@ def finish(made: Arena) -> None:
     made.require_nothing_lost()
     made.stop()
     made.require_nothing_left()
-    made.require_clean()
+    done = vfsmap("check", made.pool, check=False)
+    if done.returncode:
+        raise Lost(f"vfsmap check: {done.stdout}{done.stderr}")
 
 
 def run(

@@ -10,8 +10,6 @@ import stat
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from vfsmap.testing.oracle import foreign_byte
-
 NOTE: Final = "user.note"
 """The extended attribute that is looked at."""
 
@@ -130,3 +128,18 @@ def _difference(found: Node, later: Sequence[Node], shortest: int, longest: int)
         return f"has {len(found.content)} bytes, not {shortest} to {longest}"
     at = foreign_byte(found.content, [node.content for node in later])
     return None if at is None else f"has a byte at {at:#x} that nobody wrote there"
+
+
+def foreign_byte(content: bytes, versions: Sequence[bytes]) -> int | None:
+    """Return where content has a byte that none of the versions has there."""
+    # of the halves of what no version has as a whole, one may be another's
+    places = [(0, len(content))]
+    while places:
+        start, end = places.pop()
+        piece = content[start:end]
+        if not any(version[start:end] == piece for version in versions):
+            if end - start == 1:
+                return start
+            middle = (start + end) // 2
+            places += [(middle, end), (start, middle)]
+    return None

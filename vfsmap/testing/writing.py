@@ -42,7 +42,7 @@ class Writer:
 
     def __init__(self, directory: int, seed: int) -> None:
         """Go on from what is there."""
-        self._directory = directory
+        self.directory = directory
         self._chance = random.Random(seed)
         self._tree = observe(directory)
         self._numbers = iter(range(1 << 40, 1 << 41))  # of nodes to come; no inode has such a one
@@ -112,7 +112,7 @@ class Writer:
         return Tree({**self._tree.names, name: number}, {**self._tree.nodes, number: node})
 
     def _open(self, name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.directory)
 
     def _bytes(self, at: int) -> bytes:
         size = self._chance.choice((1, 100, 512, 4096, 5000, 20_000, 64 * KIB))
@@ -188,7 +188,7 @@ class Writer:
         if drawn is None:
             return None
         name, number, at, data, after = drawn
-        path = f"/proc/self/fd/{self._directory}/{name}"
+        path = f"/proc/self/fd/{self.directory}/{name}"
 
         def do() -> None:
             with vfsmap.map(path, writable=True, direct=True) as window:
@@ -243,7 +243,7 @@ class Writer:
         return Step(f"rename {old} {new}", after, lambda: self._do_rename(old, new))
 
     def _do_rename(self, old: str, new: str) -> None:
-        os.rename(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        os.rename(old, new, src_dir_fd=self.directory, dst_dir_fd=self.directory)
 
     def _move_directory(self) -> Step | None:
         folders = self._of_kind(stat.S_IFDIR)
@@ -285,7 +285,7 @@ class Writer:
         return Step(f"unlink open {name}", self._without(name), do)
 
     def _do_unlink(self, name: str) -> None:
-        os.unlink(name, dir_fd=self._directory)
+        os.unlink(name, dir_fd=self.directory)
 
     def _without(self, name: str) -> Tree:
         names = dict(self._tree.names)
@@ -298,7 +298,7 @@ class Writer:
             return None
         old = found[0]
         after = Tree({**self._tree.names, new: found[1]}, self._tree.nodes)
-        at = self._directory
+        at = self.directory
         return Step(
             f"link {old} {new}", after, lambda: os.link(old, new, src_dir_fd=at, dst_dir_fd=at)
         )
@@ -310,7 +310,7 @@ class Writer:
         target = "x" * self._chance.randrange(1, 300)
         after = self._with_new(name, Node(stat.S_IFLNK | 0o777, target.encode()))
         return Step(
-            f"symlink {name}", after, lambda: os.symlink(target, name, dir_fd=self._directory)
+            f"symlink {name}", after, lambda: os.symlink(target, name, dir_fd=self.directory)
         )
 
     def _mkdir(self) -> Step | None:
@@ -318,7 +318,7 @@ class Writer:
         if name in self._tree.names:
             return None
         after = self._with_new(name, Node(stat.S_IFDIR | 0o755))
-        return Step(f"mkdir {name}", after, lambda: os.mkdir(name, 0o755, dir_fd=self._directory))
+        return Step(f"mkdir {name}", after, lambda: os.mkdir(name, 0o755, dir_fd=self.directory))
 
     def _rmdir(self) -> Step | None:
         names = self._tree.names
@@ -331,7 +331,7 @@ class Writer:
             return None
         name = self._chance.choice(empty)
         after = self._without(name)
-        return Step(f"rmdir {name}", after, lambda: os.rmdir(name, dir_fd=self._directory))
+        return Step(f"rmdir {name}", after, lambda: os.rmdir(name, dir_fd=self.directory))
 
     def _note(self) -> Step | None:
         found = self._a_file()
@@ -340,7 +340,7 @@ class Writer:
         name, number, node = found
         note = self._chance.randbytes(self._chance.choice((0, 10, 200)))
         after = self._tree.with_node(number, node._replace(note=note))
-        path = f"/proc/self/fd/{self._directory}/{name}"
+        path = f"/proc/self/fd/{self.directory}/{name}"
         return Step(f"setxattr {name}", after, lambda: os.setxattr(path, NOTE, note))
 
     def _chmod(self) -> Step | None:
@@ -350,28 +350,26 @@ class Writer:
         name, number, node = found
         mode = self._chance.choice((0o600, 0o640, 0o755))
         after = self._tree.with_node(number, node._replace(mode=stat.S_IFREG | mode))
-        return Step(f"chmod {name}", after, lambda: os.chmod(name, mode, dir_fd=self._directory))
+        return Step(f"chmod {name}", after, lambda: os.chmod(name, mode, dir_fd=self.directory))
 
 
 def _written(content: bytes, at: int, data: bytes) -> bytes:
     return content[:at].ljust(at, b"\0") + data + content[at + len(data) :]
 
 
-def write_until_gone(directory: int, seed: int, *, by_fsync: bool) -> Record:
+def write_until_gone(writer: Writer, *, by_fsync: bool) -> Record:
     """Write until the mount's server is gone.
 
     Raises:
         OSError, VfsmapError: an operation failed, and the server is there still.
     """
-    writer = Writer(directory, seed)
     while True:
         try:
             writer.step(by_fsync=by_fsync)
         except (OSError, VfsmapError):
-            if _is_alive(directory):
+            if _is_alive(writer.directory):
                 raise
-            break
-    return writer.record()
+            return writer.record()
 
 
 def _is_alive(directory: int) -> bool:
