@@ -7,8 +7,7 @@ import pwd
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,6 +18,7 @@ import pytest
 from vfsmap.errors import Invalid
 from vfsmap.testing.posix import STRANGER, as_user, refused
 from vfsmap.testing.serve import Server, served
+from vfsmap.testing.waiting import wait_until
 from vfsmap_fuse.mount import MountOptions
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
@@ -34,13 +34,6 @@ def open_device() -> Iterator[None]:
     device.chmod(0o666)
     yield
     device.chmod(before)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
 
 
 def fill(root: Path) -> dict[str, bytes]:
@@ -79,7 +72,7 @@ def test_files_are_there_again_after_the_server_was_killed(place: tuple[Path, Pa
     with served(pool, mountpoint) as server:
         before = fill(mountpoint)
         server.kill()
-        wait_for(lambda: str(mountpoint) not in Path("/proc/self/mounts").read_text())
+        wait_until(lambda: str(mountpoint) not in Path("/proc/self/mounts").read_text())
     with served(pool, mountpoint):
         assert content(mountpoint) == before
 
@@ -96,7 +89,7 @@ def test_a_file_without_a_name_is_gone_after_the_server_was_killed(
         server.kill()
         with refused(errno.ENOTCONN, errno.ECONNABORTED):
             file.close()
-        wait_for(lambda: str(mountpoint) not in Path("/proc/self/mounts").read_text())
+        wait_until(lambda: str(mountpoint) not in Path("/proc/self/mounts").read_text())
     with served(pool, mountpoint):
         assert os.statvfs(mountpoint).f_bfree == free
 
@@ -246,7 +239,7 @@ def test_a_mount_that_was_left_behind_is_named_with_its_cure(place: tuple[Path, 
     pool, mountpoint = place
     command = [sys.executable, "-m", "vfsmap_tools.bench.donothing", str(mountpoint)]
     with subprocess.Popen(command) as dying:  # nothing unmounts after this one
-        wait_for(mountpoint.is_mount)
+        wait_until(mountpoint.is_mount)
         dying.kill()
     try:
         assert f"remove it: fusermount3 -u -z {mountpoint}" in complaint(pool, mountpoint)
@@ -300,7 +293,7 @@ def test_requests_under_way_are_answered_when_the_server_is_told_to_end(
                     (place[1] / f"file-{number}").write_bytes(b"x" * 1000)
                     number += 1
             os._exit(min(number, 100))
-        wait_for(lambda: (place[1] / "file-200").exists())
+        wait_until(lambda: (place[1] / "file-200").exists())
         assert server.stop() == 0
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 100
     with served(*place):

@@ -10,14 +10,15 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVarTuple
+from typing import NoReturn, TypeVarTuple
 
 import trio
 
 from vfsmap.daemon.service import serve_mapping
 from vfsmap.daemon.stats import Statistics
-from vfsmap.errors import Invalid
+from vfsmap.errors import Invalid, MediumError, PoolDamaged
 from vfsmap.fs import FileSystem
+from vfsmap.pmem.buserror import bus_errors_told, require_whole
 from vfsmap.pmem.procmaps import mapped_ranges
 from vfsmap.pool import Pool
 from vfsmap_fuse.mount import MountOptions, mounted
@@ -27,6 +28,7 @@ from vfsmap_tools.sealer import seal_file
 
 log = logging.getLogger("vfsmap")
 _TRIM_INTERVAL = 1.0
+_WATCH_INTERVAL = 1.0
 Ts = TypeVarTuple("Ts")
 
 
@@ -117,20 +119,20 @@ async def _serve(
     mount_options = options.mount
     if not pool.writable:
         mount_options = replace(mount_options, read_only=True)
+    socket = _socket_of(options, pool)
+    die = partial(_die, None if options.listener else socket)
     async with AsyncExitStack() as stack:
+        stack.enter_context(bus_errors_told(pool.pmem, die))
         fs = stack.enter_context(FileSystem(pool))
         if pool.writable:
             fs.withhold(mapped_ranges(pool.pmem))
             fs.end_orphans()
-        if options.listener:
-            socket = Path(options.listener.getsockname())
-        else:
-            socket = options.socket or default_socket(pool)
         committer = Committer(pool)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         nursery.start_soon(committer.run)
         nursery.start_soon(_trim, fs)
+        nursery.start_soon(_watch_medium, fs, die)
         nursery.start_soon(stop_on_signal, nursery.cancel_scope)
         seal = partial(seal_file, fs, committer.sync)
         statistics = Statistics(fs)
@@ -170,6 +172,33 @@ async def stop_on_signal(scope: trio.CancelScope) -> None:
             notify("STOPPING=1")
             scope.cancel()
             return
+
+
+def _socket_of(options: ServerOptions, pool: Pool) -> Path:
+    if options.listener:
+        return Path(options.listener.getsockname())
+    return options.socket or default_socket(pool)
+
+
+def _die(socket: Path | None, reason: str) -> NoReturn:
+    """End at once: what is mapped can't be touched any more; fusermount3 takes the mount away."""
+    log.critical("%s", reason, stack_info=True)
+    if socket is not None:
+        socket.unlink(missing_ok=True)
+    os._exit(PoolDamaged.exit_code)
+
+
+async def _watch_medium(fs: FileSystem, die: Callable[[str], NoReturn]) -> None:
+    """Look now and then whether the pool's file is still whole.
+
+    What the kernel can't copy out of a mapping is no bus error: the client would wait for ever.
+    """
+    while True:
+        await trio.sleep(_WATCH_INTERVAL)
+        try:
+            require_whole(fs.pool.pmem)
+        except MediumError as exc:
+            die(str(exc))
 
 
 async def _trim(fs: FileSystem) -> None:

@@ -52,6 +52,22 @@ _LONG = ctypes.c_long
 _OFFSET = ctypes.c_int64
 _FAILED: Final = (1 << (8 * ctypes.sizeof(ctypes.c_void_p))) - 1  # MAP_FAILED
 
+SA_SIGINFO: Final = 4
+SignalHandler: Final = ctypes.CFUNCTYPE(None, _INT, _ADDRESS, _ADDRESS)
+"""A handler that is called with the signal's number, its siginfo_t and its context."""
+
+
+class SigAction(ctypes.Structure):
+    """glibc's struct sigaction; keep it alive for as long as it is in force."""
+
+    _fields_ = (
+        ("handler", SignalHandler),
+        ("mask", ctypes.c_ubyte * 128),
+        ("flags", _INT),
+        ("restorer", _ADDRESS),
+    )
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (_ADDRESS, _SIZE, _INT, _INT, _INT, _OFFSET)
 _libc.mmap.restype = _ADDRESS
@@ -198,6 +214,13 @@ def mseal(address: int, length: int) -> None:
     number = ctypes.c_long(_SYS_MSEAL)
     result = _libc.syscall(number, _ADDRESS(address), _SIZE(length), ctypes.c_ulong(0))
     _require_zero(result)
+
+
+def sigaction(number: int, action: SigAction) -> SigAction:
+    """Have a signal handled at once, not where Python does it; return what was in force."""
+    old = SigAction()
+    _require_zero(_libc.sigaction(_INT(number), ctypes.byref(action), ctypes.byref(old)))
+    return old
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

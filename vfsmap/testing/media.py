@@ -9,7 +9,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -62,6 +62,49 @@ def ext4_loop(size: int | str = "256M") -> Iterator[Path]:
         _run("mkfs.ext4", "-q", "-F", "-b", "4096", image.name)
         with _mounted("ext4", image.name, "loop") as path:
             yield path
+
+
+class Disk:
+    """An ext4 whose disk can run out of room below it, and then refuses to write back."""
+
+    def __init__(self, image: Path, directory: Path) -> None:
+        self.directory = directory
+        """Where it is mounted."""
+        self._image = image
+        self._filler = image.with_name("filler")
+
+    def fill(self) -> None:
+        """Have the disk fail every write to a block that was never written before."""
+        os.sync()
+        with self._filler.open("wb", buffering=0) as filler, suppress(OSError):
+            while filler.write(bytes(4 * KIB)):
+                pass
+
+    def mend(self) -> None:
+        """Have the disk take writes again, and mount it anew; it must not be in use."""
+        self._filler.unlink()
+        _run("umount", str(self.directory))
+        _run("mount", "-o", "loop", str(self._image), str(self.directory))
+
+
+@contextmanager
+def full_disk(size: int | str = "64M") -> Iterator[Disk]:
+    """Make an ext4 of ``size`` on a disk that can be made to fail.
+
+    Raises:
+        Denied: the caller is not root.
+    """
+    size = parse_size(size)
+    with tmpfs(huge="never", size=size) as below, tempfile.TemporaryDirectory() as name:
+        image = below / "disk"
+        image.touch()
+        os.truncate(image, size)
+        _run("mkfs.ext4", "-q", "-F", "-b", "4096", str(image))
+        _run("mount", "-o", "loop", str(image), name)
+        try:
+            yield Disk(image, Path(name))
+        finally:
+            _unmount(name)
 
 
 @contextmanager
