@@ -91,7 +91,8 @@ def changes_of(
         changes["ctime_ns"] = _storable(wanted.st_ctime_ns)
     owner = fields.update_uid or fields.update_gid
     if is_privileged(inode) and (owner or (fields.update_size and ctx.uid != 0)):
-        changes["mode"] = stat.S_IMODE(_disarmed(changes.get("mode", inode.mode), inode, ctx))
+        mode = changes.get("mode", inode.mode)
+        changes["mode"] = disarmed(mode, member=is_member(inode, ctx))
     return changes
 
 
@@ -100,13 +101,16 @@ def is_privileged(inode: Inode) -> bool:
     return bool(inode.mode & (stat.S_ISUID | stat.S_ISGID)) and not stat.S_ISDIR(inode.mode)
 
 
-def _disarmed(mode: int, inode: Inode, ctx: RequestContext) -> int:
-    mode &= ~stat.S_ISUID
-    if mode & stat.S_IXGRP or (
-        mode & stat.S_ISGID and ctx.uid != 0 and inode.gid not in (ctx.gid, *_groups_of(ctx))
-    ):
+def disarmed(mode: int, *, member: bool) -> int:
+    """Return permissions as a change by somebody without privileges leaves them."""
+    if mode & stat.S_IXGRP or not member:
         mode &= ~stat.S_ISGID
-    return mode
+    return stat.S_IMODE(mode & ~stat.S_ISUID)
+
+
+def is_member(inode: Inode, ctx: RequestContext) -> bool:
+    """Tell whether a caller has the rights of a file's group."""
+    return ctx.uid == 0 or inode.gid == ctx.gid or inode.gid in _groups_of(ctx)
 
 
 def _groups_of(ctx: RequestContext) -> set[int]:

@@ -65,7 +65,7 @@ class FollowingOperations(Operations):
     def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
         """Return a handle; pages that the kernel has from before may be old, unless sealed."""
         fh = next(self._numbers)
-        self._files[fh] = Handle(inode.ino, cached_writer=False, by_root=ctx.uid == 0)
+        self._files[fh] = Handle(inode.ino, flags, cached_writer=False)
         return FileInfo(fh=fh, keep_cache=inode.sealed)
 
 

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import stat
+import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from operator import itemgetter
@@ -25,12 +26,14 @@ from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields, St
 
 from vfsmap.errors import NoSpace, NotFound, Sealed, VfsmapError
 from vfsmap.fs import RENAME_EXCHANGE, FileSystem, Inode
-from vfsmap.fs.data import without_suid
 from vfsmap.tally import Tallies
+from vfsmap.units import MIB
 from vfsmap_fuse.attributes import (
     FOREVER,
     changes_of,
+    disarmed,
     entry_of,
+    is_member,
     is_privileged,
     no_entry,
     statvfs_of,
@@ -41,6 +44,7 @@ from vfsmap_fuse.xattr import Seal, VirtualXattrs, require_namespace
 log = logging.getLogger("vfsmap.fuse")
 _DOT, _DOTDOT = 1, 2  # the cookies of "." and ".."; the file system's own are larger
 _TURNS: Final = 4  # to wake another worker, have it find the descriptor readable, and read it
+_READ_AGAIN: Final = MIB
 _UNCACHED: Final = os.O_DIRECT | os.O_DSYNC
 Sync = Callable[[], Awaitable[None]]
 
@@ -48,12 +52,15 @@ Sync = Callable[[], Awaitable[None]]
 class Handle:
     """An open file."""
 
-    __slots__ = ("by_root", "cached_writer", "ino")
+    __slots__ = ("by_root", "cached_writer", "ino", "member", "noatime")
 
-    def __init__(self, ino: int, *, cached_writer: bool, by_root: bool) -> None:
+    def __init__(self, ino: int, flags: int, *, cached_writer: bool) -> None:
         self.ino = ino
         self.cached_writer = cached_writer
-        self.by_root = by_root
+        self.noatime = bool(flags & os.O_NOATIME)
+        self.by_root = False
+        self.member = False
+        """Whether the one who opened it has the rights of its group."""
 
 
 class Listing:
@@ -301,9 +308,23 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE and inode.sealed:
             raise Sealed(f"inode {ino} is sealed: it can't be opened for writing")
         if flags & os.O_TRUNC:
-            mode = stat.S_IMODE(without_suid(inode.mode)) if ctx.uid else None
+            mode = None
+            if ctx.uid and is_privileged(inode):
+                mode = disarmed(inode.mode, member=is_member(inode, ctx))
             self.fs.setattr(ino, size=0, mode=mode)
         return self._open(inode, flags, ctx)
+
+    def _must_see_reads(self, inode: Inode, flags: int) -> bool:
+        """Tell whether a read has to reach us, not just the page cache, to note its time.
+
+        Only of what is read again by few requests: a large file's cache is worth more.
+        """
+        return (
+            inode.size <= _READ_AGAIN
+            and flags & os.O_ACCMODE != os.O_WRONLY
+            and not (flags & os.O_NOATIME or self.fs.noatime)
+            and self.fs.is_atime_due(inode, time.time_ns())
+        )
 
     def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
         """Return a handle: an uncached one while windows may store to the file.
@@ -317,8 +338,11 @@ class Operations(pyfuse3.Operations):
         if cached_writer:
             self.fs.hold(ino, cached_writer=True)
         fh = next(self._numbers)
-        self._files[fh] = Handle(ino, cached_writer=cached_writer, by_root=ctx.uid == 0)
-        return FileInfo(fh=fh, direct_io=direct, keep_cache=not direct)
+        handle = self._files[fh] = Handle(ino, flags, cached_writer=cached_writer)
+        handle.by_root = ctx.uid == 0
+        handle.member = bool(inode.mode & stat.S_ISGID) and is_member(inode, ctx)
+        keep_cache = not (direct or self._must_see_reads(inode, flags))
+        return FileInfo(fh=fh, direct_io=direct, keep_cache=keep_cache)
 
     # pyfuse3 says bytes, and takes any buffer
     @answered
@@ -326,7 +350,8 @@ class Operations(pyfuse3.Operations):
         self, fh: int, off: int, size: int
     ) -> bytes | memoryview:
         """Return bytes of a file: where that is possible a view of the pool, copied by nobody."""
-        data = self.fs.read(self._files[fh].ino, off, size)
+        handle = self._files[fh]
+        data = self.fs.read(handle.ino, off, size, noatime=handle.noatime)
         self._reads.moved += len(data)
         return data
 
@@ -345,9 +370,11 @@ class Operations(pyfuse3.Operations):
         """Store bytes; set-user-ID goes when the file was not opened by root."""
         self._writes.moved += len(buf)
         handle = self._files[fh]
-        if handle.by_root or not is_privileged(self.fs.get(handle.ino)):
+        inode = self.fs.get(handle.ino)
+        if handle.by_root or not is_privileged(inode):
             return self.fs.write(handle.ino, off, buf)
-        written = self.fs.write(handle.ino, off, buf, clear_suid=True)
+        mode = disarmed(inode.mode, member=handle.member)
+        written = self.fs.write(handle.ino, off, buf, mode=mode)
         pyfuse3.invalidate_inode(handle.ino, attr_only=True)
         return written
 

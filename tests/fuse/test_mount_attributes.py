@@ -156,6 +156,15 @@ def test_set_group_id_without_group_execute_is_no_privilege(here: Path) -> None:
     assert mode("it") == 0o2666
 
 
+def test_a_stranger_to_the_group_takes_even_that(here: Path) -> None:
+    Path("it").write_bytes(b"text")
+    os.chown("it", -1, 77)
+    for change in (lambda: Path("it").write_bytes(b"x"), lambda: grown("it")):
+        os.chmod("it", 0o2666)
+        as_user(change)
+        assert mode("it") == 0o666
+
+
 def test_a_set_group_id_directory_hands_down_its_group(here: Path) -> None:
     os.mkdir("dir")
     os.chown("dir", 0, 77)
@@ -308,6 +317,28 @@ def test_listing_and_reading_a_link_mark_the_access_time(here: Path) -> None:
     os.readlink("link")
     assert os.stat("dir").st_atime_ns >= before
     assert os.lstat("link").st_atime_ns >= before
+
+
+def test_what_the_page_cache_answers_is_a_read_too(here: Path) -> None:
+    Path("it").write_bytes(b"text" * 1024)
+    for change in ("written", "renamed"):
+        before = settle()
+        Path("it").write_bytes(b"more" * 1024) if change == "written" else os.rename("it", "it2")
+        found = Path("it" if change == "written" else "it2")
+        assert os.stat(found).st_atime_ns < before
+        assert found.read_bytes() == b"more" * 1024
+        assert os.stat(found).st_atime_ns > before
+
+
+def test_who_asks_for_it_reads_without_a_trace(here: Path) -> None:
+    Path("it").write_bytes(b"text")
+    make_old("it")
+    fd = os.open("it", os.O_RDONLY | os.O_NOATIME)
+    assert os.read(fd, 9) == b"text"
+    os.close(fd)
+    assert os.stat("it").st_atime_ns == OLD
+    with refused(errno.EPERM):
+        as_user(lambda: os.open("it", os.O_RDONLY | os.O_NOATIME))
 
 
 def test_access_times_are_relative_to_changes(here: Path) -> None:

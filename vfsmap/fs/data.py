@@ -22,15 +22,17 @@ from vfsmap.units import LEVELS, PMD, PTE, Extent, Level, align_down, align_up
 MAX_SIZE: Final = (1 << 63) - 1
 _KIND: Final = 0o170000
 _REGULAR: Final = stat.S_IFREG
-_SUID_SGID: Final = 0o6000
-_GROUP_EXECUTE: Final = 0o010
 
 
 class Data(Placing):
     """Operations on contents."""
 
-    def read(self, ino: int, offset: int, size: int) -> memoryview | bytes:
+    def read(
+        self, ino: int, offset: int, size: int, *, noatime: bool = False
+    ) -> memoryview | bytes:
         """Return up to ``size`` bytes; a view of the pool, valid until the next change, if it can.
+
+        The time of access is noted, unless ``noatime`` says not to.
 
         Raises:
             NotFound, IsADirectory, Invalid: it is no regular file.
@@ -43,7 +45,7 @@ class Data(Placing):
             end = inode.size
         if end <= offset:
             return b""
-        if not self.noatime:
+        if not (noatime or self.noatime):
             self.touch_atime(inode)
         map_ = self._maps.get(ino) or self.map_of(ino)
         view = self.pool.pmem.view
@@ -62,9 +64,9 @@ class Data(Placing):
         return b"".join(pieces)
 
     def write(
-        self, ino: int, offset: int, data: bytes | memoryview, *, clear_suid: bool = False
+        self, ino: int, offset: int, data: bytes | memoryview, *, mode: int | None = None
     ) -> int:
-        """Store ``data`` and return its length.
+        """Store ``data`` and return its length; ``mode`` are permissions that change with it.
 
         Raises:
             Sealed, TooBig, NoSpace, ReadOnly.
@@ -88,8 +90,8 @@ class Data(Placing):
             self._store(edit or map_, offset, data)
             inode.size = max(inode.size, end)
             inode.mtime_ns = inode.ctime_ns = time.time_ns()
-            if clear_suid:
-                inode.mode = without_suid(inode.mode)
+            if mode is not None:
+                inode.mode = _REGULAR | mode
             self._put_mapped(tx, inode, edit)
         self._remember_map(inode, edit)
         return len(data)
@@ -264,8 +266,3 @@ class Data(Placing):
         if size > unit and lies_in_unit(map_, unit, PMD):
             return unit + PMD.size
         return align_up(size, BLOCK)
-
-
-def without_suid(mode: int) -> int:
-    """Return a mode as a write by somebody without privileges leaves it."""
-    return mode & ~(_SUID_SGID if mode & _GROUP_EXECUTE else 0o4000)

@@ -85,7 +85,7 @@ class FollowedFileSystem(FileSystem):
         except NotFound as exc:
             raise Stale(f"there is no inode {ino}, or not any more") from exc
 
-    def read(self, ino: int, offset: int, size: int) -> bytes:
+    def read(self, ino: int, offset: int, size: int, *, noatime: bool = False) -> bytes:
         """Return up to ``size`` bytes, as they were at a moment between call and return.
 
         Raises:

@@ -323,14 +323,16 @@ class State:
         if self.noatime:
             return
         now = time.time_ns()
-        atime = inode.atime_ns
-        if inode.mtime_ns < atime > inode.ctime_ns and now - atime < _DAY_NS:
-            return
-        if self.pool.writable:
+        if self.is_atime_due(inode, now) and self.pool.writable:
             # what is read needs no room, and no medium that still takes stores
             with suppress(VfsmapError), self.change() as tx:
                 inode.atime_ns = now
                 self.put(tx, inode)
+
+    def is_atime_due(self, inode: Inode, now: int) -> bool:
+        """Tell whether the next read changes the time of access."""
+        atime = inode.atime_ns
+        return not (inode.mtime_ns < atime > inode.ctime_ns and now - atime < _DAY_NS)
 
     # who uses what
 
