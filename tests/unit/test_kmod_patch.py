@@ -273,6 +273,8 @@ def test_paravirtual_calls_become_direct_or_vanish() -> None:
     assert text_of(made, 7, 14) == branch(CALL, TEXT + 14, THUNKS).hex() + "6690"
     with pytest.raises(Damaged, match="slot 2 of pv_ops"):
         apply_paravirt(made, host(pv_ops=slots[:2]))
+    with pytest.raises(NotFound, match="pv_ops, which the host's document lacks"):
+        apply_paravirt(made, host())
 
 
 FEATURE = 9 * 32 + 5

@@ -54,6 +54,19 @@ def test_bound_text_is_what_the_real_kernel_had_in_memory(profile: str, name: st
     assert hashlib.sha256(text).hexdigest() == resident.document.text_sha256
 
 
+@pytest.mark.parametrize("profile", ["61max", "612off"])
+def test_symbols_that_only_modules_import_are_known_as_well(profile: str) -> None:
+    document = host(profile).document
+    document.kernel_symbols = {
+        name: address
+        for name, address in document.kernel_symbols.items()
+        if name not in document.modules["xfs"].imports
+    }
+    assert "__fentry__" not in document.kernel_symbols
+    found = bind(module(profile, "xfs"), Host(document))
+    assert wrong_lines(profile, "xfs", found.placed.area(Area.TEXT)) == []
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_section_lies_where_the_kernel_had_it(profile: str) -> None:
     for name, resident in host(profile).modules.items():

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
-from vfsmap.errors import Damaged
+from vfsmap.errors import Damaged, NotFound
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import ALTERNATIVES, Image
 from vfsmap.kmod.insn import Instruction, decode
@@ -106,11 +106,14 @@ def function_in(image: Image, host: Host, slot: int) -> int:
     """Return the function whose address lies at ``slot``: in ``pv_ops`` or in the image.
 
     Raises:
+        NotFound: the host's document does not tell what is in ``pv_ops``.
         Damaged: it is in neither.
     """
     index, rest = divmod(slot - host.symbols.get("pv_ops", 0), 8)
     if "pv_ops" in host.symbols and not rest and 0 <= index < len(host.pv_ops):
         return host.pv_ops[index]
+    if slot not in image.memory and not host.pv_ops:
+        raise NotFound(f"{image.name} calls by way of pv_ops, which the host's document lacks")
     return image.memory.u64(slot, "a slot of pv_ops")
 
 

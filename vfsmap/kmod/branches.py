@@ -52,7 +52,10 @@ def branch(opcode: int, address: int, target: int) -> bytes:
 
 def apply_paravirt(image: Image, host: Host) -> None:
     """Turn calls through ``pv_ops`` into direct ones, or into nothing."""
-    for site in paravirt_sites(image):
+    sites = paravirt_sites(image)
+    if sites and not host.pv_ops:
+        raise NotFound(f"{image.name} calls by way of pv_ops, which the host's document lacks")
+    for site in sites:
         if site.slot >= len(host.pv_ops):
             raise Damaged(f"{image.name}: {PARAVIRT} names the slot {site.slot} of pv_ops")
         function = host.pv_ops[site.slot]

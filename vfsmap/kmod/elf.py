@@ -106,12 +106,13 @@ class Elf:
         strings = self._slice("section names", rows[names][4], rows[names][5])
         sections = []
         for index, row in enumerate(rows):
-            name = self._string(strings, row[0])
+            name = self._string(strings, row[0], f"section {index}")
             section = Section(index, name, *row[1:])
             if section.kind != SHT_NOBITS and index:
                 self._slice(f"section {name}", section.offset, section.size)
             if section.align & (section.align - 1):
-                raise Damaged(f"{self.name}: section {name} has the alignment {section.align}")
+                named = name or f"number {index}"
+                raise Damaged(f"{self.name}: section {named} has the alignment {section.align}")
             sections.append(section)
         return sections
 
@@ -120,9 +121,11 @@ class Elf:
             raise Damaged(f"{self.name}: {what} ends at {offset + size:#x}, outside the file")
         return self.data[offset : offset + size]
 
-    def _string(self, strings: memoryview, at: int) -> str:
+    def _string(self, strings: memoryview, at: int, what: str) -> str:
         if at >= len(strings):
-            raise Damaged(f"{self.name}: a name at {at:#x} is outside its string table")
+            raise Damaged(
+                f"{self.name}: the name of {what} is at {at:#x}, outside its string table"
+            )
         raw = bytes(strings[at : at + 1024])
         return raw[: raw.find(0)].decode("ascii", "backslashreplace")
 
@@ -195,7 +198,7 @@ class Elf:
         """Return the name of a symbol; of a section's symbol, the section's."""
         if not row[0] and row[1] & 15 == STT_SECTION and row[3] < len(self.sections):
             return self.sections[row[3]].name
-        return self._string(self._strings, row[0])
+        return self._string(self._strings, row[0], f"a symbol of section {row[3]}")
 
     @cached_property
     def symbols(self) -> list[Symbol]:

@@ -103,6 +103,7 @@ class Host:
         self.calls: dict[int, int] = {}
         self.modules: dict[str, Resident] = {}
         self._learn_states(document)
+        imports: dict[str, int] = {}
         for name, module in document.modules.items():
             self._learn_states(module)
             base = number(module.text_base)
@@ -114,6 +115,8 @@ class Host:
                 [number(page) for page in module.its_pages],
                 module,
             )
+            imports |= self.modules[name].imports
+        self.symbols = imports | self.symbols
 
     def _learn_states(self, document: Document | ModuleDocument) -> None:
         for key, enabled in document.static_key_enabled.items():
@@ -153,7 +156,7 @@ class Host:
         return found
 
     def symbol(self, name: str) -> int | None:
-        """Return the address of a symbol of the kernel, or None."""
+        """Return the address of a symbol of the kernel, or of a module's import, or None."""
         return self.symbols.get(name)
 
     def require_symbol(self, name: str) -> int:
@@ -172,12 +175,7 @@ class Host:
         resident = self.modules.get(module)
         if resident is not None and name in resident.imports:
             return resident.imports[name]
-        found = self.symbols.get(name)
-        if found is None:
-            found = next(
-                (m.imports[name] for m in self.modules.values() if name in m.imports), None
-            )
-        return found
+        return self.symbols.get(name)
 
     @property
     def profile(self) -> str:
