@@ -13,7 +13,7 @@ from typing import Final
 from vfsmap.errors import Busy, Invalid, TooBig
 from vfsmap.fs.filemap import Edit, FileMap
 from vfsmap.fs.inode import Inode
-from vfsmap.fs.placing import Placing, lies_in_unit
+from vfsmap.fs.placing import Placing, grows_large, lies_in_unit
 from vfsmap.fs.state import BATCH_PIECES
 from vfsmap.pool import Transaction
 from vfsmap.pool.layout import BLOCK
@@ -86,7 +86,8 @@ class Data(Placing):
         with self.change() as tx:
             if offset > inode.size:
                 self._zero(map_, inode.size, offset)
-            edit = None if map_.covers(offset, end) else self.fill(tx, inode, offset, end)
+            in_place = map_.covers(offset, end) and not grows_large(inode, end)
+            edit = None if in_place else self.fill(tx, inode, offset, end)
             self._store(edit or map_, offset, data)
             inode.size = max(inode.size, end)
             inode.mtime_ns = inode.ctime_ns = time.time_ns()

@@ -53,8 +53,24 @@ class Placing(State):
         if inode.align <= PTE.shift and end < PMD.size > inode.size:
             self._fill_range(filling, at, stop, ())
         else:
-            self._fill_range(filling, at, stop, _UNITS[inode.align or self.pool.level.shift])
+            levels = _UNITS[inode.align or self.pool.level.shift]
+            if levels and grows_large(inode, end):
+                self._gather(filling)
+            self._fill_range(filling, at, stop, levels)
         return edit
+
+    def _gather(self, filling: Filling) -> None:
+        """Move the start of a file that grows large into a unit.
+
+        Its blocks may fill that unit already, so that filling holes would not do it.
+        """
+        edit = filling.edit
+        if (
+            not edit.is_hole(0, PMD.size)
+            and not lies_in_unit(edit, 0, PMD)
+            and self._deserves_unit(filling, 0, PMD)
+        ):
+            self._try_unit(filling, 0, PMD)
 
     def _fill_range(self, filling: Filling, at: int, stop: int, levels: tuple[Level, ...]) -> None:
         edit = filling.edit
@@ -88,7 +104,8 @@ class Placing(State):
         present = filling.edit.allocated_in(unit, unit + level.size)
         if not present and (filling.allocating or offset <= inode.size < end):
             return True
-        return 2 * (present + min(end, unit + level.size) - max(offset, unit)) >= level.size
+        to_come = max(min(end, unit + level.size) - max(offset, unit), 0)
+        return 2 * (present + to_come) >= level.size
 
     def _try_unit(self, filling: Filling, unit: int, level: Level) -> bool:
         """Place a unit if there is one, and nobody minds; else something smaller will do."""
@@ -152,6 +169,11 @@ def _behind(map_: FileMap, offset: int) -> int | None:
     """Return where in the pool a file that grows at ``offset`` would stay in one piece."""
     last = map_.within(offset - 1, offset) if offset else None
     return None if last is None else last + 1
+
+
+def grows_large(inode: Inode, end: int) -> bool:
+    """Tell whether a file that is to reach ``end`` becomes worth huge units by that."""
+    return inode.size < PMD.size <= end
 
 
 def lies_in_unit(map_: FileMap, unit: int, level: Level) -> bool:
