@@ -27,6 +27,7 @@ _COMMANDS = {
     "verify": "sealing",
     "leases": "watching",
     "events": "watching",
+    "top": "top",
     "pstore": "pstore",
     "module": "module",
     "system": "system",
