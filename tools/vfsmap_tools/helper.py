@@ -3,7 +3,8 @@
 mount(8) runs ``/sbin/mount.fuse.vfsmap POOL DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]``
 where there is such a program, and ``/sbin/mount.fuse`` otherwise, which runs
 ``vfsmap POOL DIR -o OPTIONS``.  umount(8) runs ``/sbin/umount.fuse.vfsmap DIR [-flnrv] ...`` where
-there is one, and unmounts by itself otherwise.  All of them are the command ``vfsmap``, which
+there is one and it looks for it (not for an absolute path without options, whose type it takes
+from statfs(2)), and unmounts by itself otherwise.  All of them are the command ``vfsmap``, which
 tells by its own name, or by a first argument that is a path, what it is called for.
 """
 

@@ -17,11 +17,12 @@ import click
 from vfsmap.errors import Busy, Invalid, NotFound, VfsmapError
 from vfsmap_tools.console import complain, errors_exit
 from vfsmap_tools.logs import is_journal, log_to
-from vfsmap_tools.mounts import find_mount
+from vfsmap_tools.mounts import find_mount, mounted_pools
 
 PATH = click.Path(path_type=Path)
 _PATIENCE = 60
 """Seconds to wait for a server to write everything back and end."""
+_PATIENCE_ENDING = 5
 
 
 def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,6 +94,8 @@ def mount(
     if follow:
         words.append("follow")
     _require_mountable(pool, directory)
+    if not {"ro", "follow"} & set(words):
+        _let_end(pool)
     if foreground:
         _serve(pool, directory, words, **server)
         return
@@ -133,6 +136,7 @@ def serve(pool: Path, foreground: bool, **server: Any) -> None:
 
     Clients name files by their paths inside the pool; only root and the daemon's own user may.
     """
+    _let_end(pool)
     if foreground:
         _serve(pool, None, [], **server)
         return
@@ -209,6 +213,13 @@ def _require_mountable(pool: Path, directory: Path) -> None:
         )
     if not directory.is_dir():
         raise NotFound(f"{directory} is not a directory; make it with: mkdir {directory}")
+
+
+def _let_end(pool: Path) -> None:
+    """Wait a moment for a server that has been unmounted: umount(8) returns before it has ended."""
+    if not any(mount.writable and mount.pool == pool.absolute() for mount in mounted_pools()):
+        with suppress(Busy, OSError):  # whoever opens the pool says why it can't be had
+            wait_until_free(pool, _PATIENCE_ENDING)
 
 
 def _clear_stale(directory: Path) -> bool:
