@@ -6,7 +6,7 @@ PYTHON ?= python3
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vm test-kill lint types wheel bench clean
+.PHONY: help setup demo test test-slow test-vm test-kill lint types wheel bench docs clean
 
 help: ## Tell what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ wheel: $(BIN)/vfsmap ## Build the wheel and check what it holds
 bench: $(BIN)/vfsmap ## Measure against peers in the same run
 	$(BIN)/vfsmap bench
 
+docs: $(BIN)/vfsmap ## Build the documentation's site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove what was built
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

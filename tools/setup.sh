@@ -33,6 +33,6 @@ fi
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
     "${PYTHON:-python3}" -m venv --clear "$venv"
 "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
-"$venv/bin/python" -m pip install --quiet --editable . --group test --group lint --group wheel
+"$venv/bin/python" -m pip install --quiet --editable . --group test --group lint --group wheel --group docs
 [ -e /dev/fuse ] || echo "setup: /dev/fuse is missing: load it with 'modprobe fuse' to mount" >&2
 echo "vfsmap is ready: $venv/bin/vfsmap --help"

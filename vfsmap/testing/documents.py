@@ -1,5 +1,7 @@
 """Documentation that is run: the commands of a page, in order, in a machine of the page's own.
 
+``/mnt`` is empty, and what a page changes in ``/etc`` and ``/usr`` is gone when it ends.
+
 A page is Markdown.  Each ```` ```console ```` block is a session of a shell: what follows ``$ `` is
 run, and what follows is what it should print.  Each ```` ```python ```` block is a program of its
 own.  All of a page share one shell, hence its directory, files and mounts.  In what is printed, any
@@ -9,7 +11,7 @@ lines.  A command fails if, and only if, the page shows an error line of ours be
 ``python -m vfsmap.testing.documents PAGE`` tells what every step does.
 
 A block behind the line ``<!-- not run: why -->`` is left out; ``<!-- run: command -->`` runs a
-command that readers need not see.
+command that readers need not see, which finds the source tree in ``$SOURCE``.
 """
 
 import re
@@ -25,11 +27,16 @@ _FENCE: Final = re.compile(r"^```(\w*)")
 _REMARK: Final = re.compile(r"^<!-- (not run|run): (.*) -->$")
 _NUMBER: Final = re.compile(r"\b(?:[0-9a-f]{12,}|0x[0-9a-f]+|\d[\d.,:]*\d?)([KMGT]?)\b")
 _ERROR: Final = "vfsmap: "
+_SOURCE: Final = Path(__file__).parents[2]
 _PATIENCE: Final = 240.0
 _NAMESPACES: Final = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _PRELUDE: Final = """\
 set -u
 mount -t tmpfs -o mode=755 docs /mnt
+for tree in etc usr; do
+  mkdir -p /mnt/.new/$tree /mnt/.work/$tree
+  mount -t overlay -o lowerdir=/$tree,upperdir=/mnt/.new/$tree,workdir=/mnt/.work/$tree docs /$tree
+done
 export HOME=/mnt/.home; mkdir "$HOME"; cd "$HOME"
 """
 
@@ -143,7 +150,7 @@ def run(page: str, work: Path) -> list[Result]:
     with suppress(subprocess.TimeoutExpired):  # then a step has no status, and so is not as shown
         subprocess.run(
             [*_NAMESPACES, "bash", str(work / "script")],
-            env={"PATH": path, "COLUMNS": "160"},
+            env={"PATH": path, "COLUMNS": "160", "SOURCE": str(_SOURCE)},
             stdin=subprocess.DEVNULL,
             timeout=_PATIENCE,
             check=False,
