@@ -416,7 +416,7 @@ def test_an_archive_brings_everything_back(server: Server, tmp_path: Path) -> No
     back = server.directory / "back"
     back.mkdir()
     for _ in range(2):  # the second time everything is there
-        vfsmap("import", "--quiet", back, tmp_path / "archive.tar", check=False)
+        vfsmap("import", "--quiet", back, tmp_path / "archive.tar")
     assert (back / "sub" / "model").read_bytes() == (tree / "sub" / "model").read_bytes()
     assert os.getxattr(back / "sub", "user.vfsmap.align") == b"2M"
     seals = [os.getxattr(t / "sub" / "final", "user.vfsmap.seal") for t in (tree, back)]
