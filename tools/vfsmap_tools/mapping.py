@@ -1,12 +1,15 @@
-"""The command ``map``: a file's extents, and the page sizes that the kernel maps it with."""
+"""The command ``map``: how a file is mapped by the kernel, or a picture of a whole pool."""
 
 import sys
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 import vfsmap
+from vfsmap.errors import Invalid
 from vfsmap.units import Level, format_size
+from vfsmap_tools import picture as pictures
 from vfsmap_tools.console import (
     LEVEL,
     SIZE,
@@ -19,7 +22,7 @@ from vfsmap_tools.console import (
 
 
 @click.command("map")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE|POOL|DIR")
 @click.option("--write", is_flag=True, help="Map for writing.")
 @click.option("--level", type=LEVEL, help="The smallest entries to accept: 4K, 2M or 1G.")
 @click.option("--populate", is_flag=True, help="Touch every page first, so that all are mapped.")
@@ -27,6 +30,8 @@ from vfsmap_tools.console import (
 @click.option(
     "--length", type=SIZE, help="How many bytes to map; the rest of the file if not given."
 )
+@click.option("--picture", is_flag=True, help="Show all of a POOL, or of the one mounted on DIR.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Write that picture to a file.")
 @json_option
 @errors_exit
 def map_command(
@@ -36,9 +41,22 @@ def map_command(
     populate: bool,
     offset: int,
     length: int | None,
+    picture: bool,
+    svg: Path | None,
     as_json: bool,
 ) -> None:
-    """Map a file and tell how: its extents, and page sizes as the kernel sees them."""
+    """Map a file and tell how: its extents, and page sizes as the kernel sees them.
+
+    With --picture, map nothing: show the units of 2 MiB of a pool, a character each or a few, as a
+    strip that tells which are huge, in pieces, free, leased, sealed, or log.
+    """
+    if picture or svg:
+        if write or level or populate or offset or length is not None:
+            raise Invalid(
+                "a picture shows the whole pool: --picture goes with --svg and --json only"
+            )
+        _picture(file, svg, as_json=as_json)
+        return
     with vfsmap.map(
         file, writable=write, offset=offset, length=length, level=level, populate=populate
     ) as window:
@@ -64,3 +82,13 @@ def map_command(
             ("file offset", "pool offset", "length"),
             ([f"{e['offset']:#x}", f"{e['start']:#x}", format_size(e["length"])] for e in extents),
         )
+
+
+def _picture(path: Path, svg: Path | None, *, as_json: bool) -> None:
+    taken = pictures.taken_of(path)
+    if svg:
+        svg.write_text(pictures.svg(taken, str(path)))
+    if as_json:
+        print_json(pictures.document(taken))
+    elif not svg:
+        pictures.show(taken, Console(highlight=False))
