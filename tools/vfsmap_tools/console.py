@@ -1,9 +1,11 @@
 """How commands speak: sizes as arguments, tables or JSON as output, errors as one line."""
 
+import contextlib
 import functools
 import json
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import ERROR
 from typing import Any, ParamSpec, TypeVar
 
@@ -92,6 +94,20 @@ def errors_exit(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(1)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGTERM end the block as SIGINT does, by KeyboardInterrupt, so that it can clean up."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_json(value: object) -> None:

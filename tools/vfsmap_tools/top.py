@@ -1,7 +1,6 @@
 """The command ``top``: what a mount does right now, from its daemon's counters."""
 
 import contextlib
-import signal
 import threading
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from vfsmap.daemon.client import Client, connect
 from vfsmap.errors import VfsmapError
 from vfsmap.tally import quantile
 from vfsmap.units import MIB, format_size
-from vfsmap_tools.console import errors_exit, json_option, print_json
+from vfsmap_tools.console import errors_exit, interruptible, json_option, print_json
 
 _LINES: Final = 6
 """Leases and events that are shown."""
@@ -45,7 +44,7 @@ def top(directory: Path, interval: float, count: int | None, as_json: bool) -> N
     Requests are what the kernel asks the server for: what it answers from its caches is not among
     them. Times are the server's own work. With --json, one sample of one interval.
     """
-    with connect(directory) as client, _ended_by_signals():
+    with connect(directory) as client, contextlib.suppress(KeyboardInterrupt), interruptible():
         if as_json:
             print_json(next(samples(client, interval)))
             return
@@ -64,22 +63,6 @@ def top(directory: Path, interval: float, count: int | None, as_json: bool) -> N
                 live.update(view, refresh=True)
                 if number == count:
                     return
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """End the block without a word on SIGINT and SIGTERM."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # samples

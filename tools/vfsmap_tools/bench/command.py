@@ -14,7 +14,13 @@ from rich.table import Table
 from vfsmap.errors import Denied
 from vfsmap_tools.bench.page import build, number
 from vfsmap_tools.bench.results import Result, machine, now
-from vfsmap_tools.console import complain, errors_exit, json_option, print_json
+from vfsmap_tools.console import (
+    complain,
+    errors_exit,
+    interruptible,
+    json_option,
+    print_json,
+)
 
 SCENARIOS: Final = (
     "fuse",
@@ -63,7 +69,8 @@ def bench(
     found, failed = [], []
     for name in scenarios or SCENARIOS:
         try:
-            result = measured(name, quick=quick)
+            with interruptible():
+                result = measured(name, quick=quick)
         except Exception as exc:
             complain(f"{name}: {exc or type(exc).__name__}")
             failed.append(name)

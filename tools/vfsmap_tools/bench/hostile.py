@@ -116,7 +116,7 @@ def run(quick: bool) -> Result:
 
         measures = [Measure("map and close", "1/s", rate)]
         names = {name: name for name in ("under attack", "alone")}
-        result.rates = alternate(measures, names, 3 if quick else 9)
+        result.rates = alternate(measures, names, 2 if quick else 9)
         share = result.rates[0].ratio("alone")
         result.promise("a good client's speed under attack, of that alone", share, LIMIT)
     return result

@@ -95,7 +95,7 @@ def _rate(append: Append, count: int) -> float:
 
 def run(quick: bool) -> Result:
     """Measure lines a second."""
-    rounds, lines = (7, 5000) if quick else (21, 10000)
+    rounds, lines = (5, 5000) if quick else (21, 10000)
     result = Result(
         "pstore",
         "A line of the crash log",
