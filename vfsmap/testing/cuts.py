@@ -70,9 +70,14 @@ def crashes(
                         yield Left(f"@{number}:{choice}", media.memory, length, marks)
         if isinstance(event, Mark):
             marks |= {event.what}
-        if isinstance(event, Store):
-            process.write([event])
-        elif isinstance(event, Punch):
-            process.write([(event.offset, bytes(event.length))])
+        _do(event, process)
         size = event.size if isinstance(event, Resize) else size
         model.feed(event)
+
+
+def _do(event: Event, process: Digest) -> None:
+    """Have the memory hold what an event stores."""
+    if isinstance(event, Store):
+        process.write([event])
+    elif isinstance(event, Punch):
+        process.write([(event.offset, bytes(event.length))])

@@ -28,7 +28,10 @@ class Damage(NamedTuple):
 
 
 def inflict(content: bytearray, areas: Sequence[Area], rng: random.Random) -> Damage:
-    """Damage ``content`` somewhere in ``areas``, and tell where; what a truncation took reads as zeros."""
+    """Damage ``content`` somewhere in ``areas``, and tell where.
+
+    What a truncation took reads as zeros.
+    """
     size = len(content)
     kinds = ("flip", "flip", "flip", "zero", "zero", "noise", "swap", "copy", "truncate")
     kind = rng.choice(kinds)
