@@ -17,7 +17,7 @@ import pytest
 
 from vfsmap.testing.posix import refused
 from vfsmap.testing.serve import served
-from vfsmap.units import GIB, KIB, MIB
+from vfsmap.units import GIB, MIB
 
 NOISE = random.Random(7).randbytes(3 * MIB + 17)
 
@@ -205,45 +205,6 @@ def test_an_access_behind_the_last_page_of_a_map_is_a_bus_error(here: Path) -> N
             view[5000]
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
-
-
-def test_random_writes_cuts_and_maps_agree_with_a_model(here: Path) -> None:
-    chance = random.Random(20)
-    model = bytearray()
-    direct = mmap.mmap(-1, 64 * KIB)
-    with opened("it", os.O_RDWR | os.O_CREAT) as fd, opened("it", os.O_RDWR | os.O_DIRECT) as past:
-        for _ in range(600):
-            at, size = chance.randrange(600 * KIB), chance.randrange(1, 64 * KIB)
-            match chance.choice(("write", "map", "direct", "cut", "read", "read directly", "sync")):
-                case "write":
-                    data = chance.randbytes(size)
-                    os.pwrite(fd, data, at)
-                    model.extend(bytes(max(0, at + size - len(model))))
-                    model[at : at + size] = data
-                case "map" if at + size <= len(model):
-                    with mmap.mmap(fd, len(model)) as view:
-                        view[at : at + size] = model[at : at + size] = chance.randbytes(size)
-                case "direct":
-                    at, size = at & -4096, (size + 4095) & -4096
-                    direct[:size] = chance.randbytes(size)
-                    os.pwritev(past, [memoryview(direct)[:size]], at)
-                    model.extend(bytes(max(0, at + size - len(model))))
-                    model[at : at + size] = direct[:size]
-                case "cut":
-                    os.ftruncate(fd, at)
-                    model = model[:at] + bytes(max(0, at - len(model)))
-                case "read":
-                    assert os.pread(fd, size, at) == model[at : at + size]
-                case "read directly":
-                    at &= -4096
-                    got = os.preadv(past, [direct], at)
-                    assert direct[:got] == model[at : at + 64 * KIB]
-                case "sync":
-                    os.fsync(fd)
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            assert os.fstat(fd).st_size == len(model)
-    forget_cached("it")
-    assert Path("it").read_bytes() == model
 
 
 def test_bytes_are_copied_inside_the_kernel(here: Path) -> None:
