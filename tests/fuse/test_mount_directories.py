@@ -1,9 +1,15 @@
 """Listings on a real mount: whole, stable while names come and go, and of any size."""
 
+import ctypes
 import os
+import random
+import select
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 
 def test_a_listing_has_every_name_once_with_its_inode_and_kind(here: Path) -> None:
@@ -72,6 +78,102 @@ def test_a_large_directory_is_listed_with_attributes_and_removed(here: Path) -> 
         assert sum(entry.stat().st_nlink for entry in entries) == 5000
     shutil.rmtree("large")
     assert os.listdir() == []
+
+
+class Directory:
+    """An open directory as the C library has it."""
+
+    def __init__(self, path: str) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        for name in ("opendir", "readdir"):
+            getattr(self.libc, name).restype = ctypes.c_void_p
+        self.libc.telldir.restype = ctypes.c_long
+        self.stream = ctypes.c_void_p(self.libc.opendir(path.encode()))
+        assert self.stream
+
+    def read(self) -> str | None:
+        """Return the next name."""
+        entry = self.libc.readdir(self.stream)
+        return None if entry is None else ctypes.string_at(entry + 19).decode()
+
+    def rest(self) -> list[str]:
+        return list(iter(self.read, None))
+
+    def tell(self) -> int:
+        place: int = self.libc.telldir(self.stream)
+        return place
+
+    def seek(self, place: int) -> None:
+        self.libc.seekdir(self.stream, ctypes.c_long(place))
+
+    def rewind(self) -> None:
+        self.libc.rewinddir(self.stream)
+
+    def close(self) -> None:
+        assert self.libc.closedir(self.stream) == 0
+
+
+@pytest.fixture(params=[300, pytest.param(100_000, marks=pytest.mark.slow)])
+def large(here: Path, request: pytest.FixtureRequest) -> Iterator[Directory]:
+    """A large directory, "large", that is open."""
+    os.mkdir("large")
+    for number in range(request.param):
+        os.mknod(f"large/{number}")
+    directory = Directory("large")
+    yield directory
+    directory.close()
+    shutil.rmtree("large")
+
+
+def test_a_place_in_a_listing_can_be_told_and_gone_back_to(large: Directory) -> None:
+    places, names = [], []
+    while True:
+        places.append(large.tell())
+        if (name := large.read()) is None:
+            break
+        names.append(name)
+    assert len(set(places)) == len(places)
+    assert len(set(names)) == len(names) == len(os.listdir("large")) + 2
+    for at in random.Random(1).sample(range(len(names)), 100):
+        large.seek(places[at])
+        assert [large.read(), large.read()][: len(names) - at] == names[at : at + 2]
+    large.rewind()
+    assert large.rest() == names
+    gone = set(names[100:200:2])
+    for name in gone:
+        os.unlink(f"large/{name}")
+    large.seek(places[100])
+    assert large.rest() == [name for name in names[100:] if name not in gone]
+    large.rewind()
+    assert set(large.rest()) == set(names) - gone
+
+
+def test_a_listing_has_what_stays_once_while_another_process_adds_and_removes(
+    large: Directory,
+) -> None:
+    stay = {*large.rest(), "."}
+    large.rewind()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        number = 0
+        while not select.select([reader], [], [], 0)[0]:
+            os.mknod(f"large/new-{number}")
+            if number > 20:
+                os.unlink(f"large/new-{number - 20}")
+            number += 1
+        os._exit(0)
+    try:
+        for _ in range(3):
+            listed = large.rest()
+            assert sorted(name for name in listed if name in stay) == sorted(stay)
+            assert len(set(listed)) == len(listed)
+            large.rewind()
+    finally:
+        os.write(writer, b"x")
+        os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_deep_tree_can_be_made_walked_and_removed(here: Path) -> None:
