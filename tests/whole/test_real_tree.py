@@ -25,7 +25,8 @@ def real_directories() -> list[Path]:
     files = size = 0
     for path in sorted((*Path("/usr/share").iterdir(), *Path("/usr/lib").iterdir())):
         found = [entry.lstat() for entry in (path, *path.rglob("*"))]
-        if sum(entry.st_size for entry in found) + size < GIB:
+        another = all(path.name != other.name for other in chosen)
+        if another and sum(entry.st_size for entry in found) + size < GIB:
             chosen.append(path)
             files += len(found)
             size += sum(entry.st_size for entry in found)
