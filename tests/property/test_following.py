@@ -1,19 +1,31 @@
 """A follower beside its writer: whatever is done, it has what a fresh look finds."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from ctypes import c_uint64
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
 
 from vfsmap.fs import FileSystem, FollowedFileSystem
 from vfsmap.pmem import Medium
-from vfsmap.pool import Pool
+from vfsmap.pool import Follower, Oid, Pool, Structure
 from vfsmap.testing.oracle import snapshot
-from vfsmap.testing.pools import FLUSHED, GROUPED, STORED, killed_fs, make_fs, open_pmem, scratch
+from vfsmap.testing.pools import (
+    FLUSHED,
+    GROUPED,
+    STORED,
+    killed_fs,
+    make_fs,
+    make_pool,
+    open_pmem,
+    scratch,
+)
 from vfsmap.testing.workload import Context, drawn, perform, plant
 from vfsmap.units import KIB, MIB
 
@@ -80,3 +92,65 @@ def test_a_follower_has_what_a_fresh_look_finds(seed: int, medium: Medium) -> No
         assert context.pool.journal.superblock.epoch > first + 2
         followed.close()
         context.fs.close()
+
+
+WRITER = """
+import sys
+from ctypes import c_uint64
+from unittest.mock import patch
+from vfsmap.pool import Pool, Structure, checkpoint, journal
+
+class Number(Structure):
+    _fields_ = [("value", c_uint64), ("ballast", c_uint64 * 20)]
+
+with patch.object(journal, "RESERVE", 1024), patch.object(journal, "_SLICE", 2048):
+    with patch.object(checkpoint, "_SLICE", 1024), Pool.open(sys.argv[1]) as pool:
+        ballast = [pool.root]
+        for value in range(1, 1 << 40):
+            with pool.transaction() as tx:  # both, or neither
+                tx.set(1, Number(value=value))
+                tx.set(2, Number(value=value))
+                ballast.append(tx.new(Number(value=value)))
+                if len(ballast) > 40 + value // 50:  # so that the log has to grow
+                    tx.delete(ballast.pop(1))
+            if value == 1:
+                print(flush=True)
+"""
+
+
+class Number(Structure):
+    _fields_: ClassVar = [("value", c_uint64), ("ballast", c_uint64 * 20)]
+
+
+def test_a_follower_never_has_a_part_of_a_transaction() -> None:
+    """Against a writer at full speed, whose log is compacted and grown all the time."""
+    with scratch() as directory:
+        path = directory / "pool"
+        with make_pool(path, 32 * MIB, log=8 * KIB) as pool:
+            for _ in range(2):
+                with pool.transaction() as tx:
+                    tx.root = tx.new(Number())
+        command = [sys.executable, "-c", WRITER, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            try:
+                followed = Pool.open(path, "r")
+                follower = Follower(followed)
+                latest = refreshes = 0
+                epochs, halves = set[int](), set[object]()
+                while len(epochs) < 100 or len(halves) < 3 or refreshes < 3000:
+                    follower.refresh()
+                    refreshes += 1
+                    one, two = (followed.get(Oid(oid), Number).value for oid in (1, 2))
+                    assert one == two >= latest
+                    latest = one
+                    epochs.add(int(followed.journal.superblock.epoch))
+                    halves.add(followed.journal.halves)
+                assert writer.poll() is None
+            finally:
+                writer.kill()
+        with Pool.open(path) as recovered:  # by now nobody stores anything
+            follower.refresh()
+            assert followed.objects == recovered.objects
+        followed.close()
