@@ -44,6 +44,7 @@ def tiny_log() -> Iterator[None]:
 def facts(fs: FileSystem) -> dict[str, Any]:
     """All that a reader can learn, and what the index is to be."""
     shown = snapshot(fs)
+    inodes = [ino for ino, file in shown.files.items() if file.inode]  # the others are arenas
     return {
         "shown": shown,
         "objects": dict(fs.pool.objects),
@@ -52,11 +53,9 @@ def facts(fs: FileSystem) -> dict[str, Any]:
         "next": fs.pool.next_oid,
         "size": fs.pool.size,
         "free": sorted(fs.pool.space.runs()),
-        "blocks": {ino: fs.get(ino).blocks for ino in shown.files},
-        "parents": {ino: fs.parent(ino) for ino in shown.files if fs.get(ino).is_directory},
-        "read": {
-            ino: bytes(fs.read(ino, 0, 1 << 24)) for ino in shown.files if fs.get(ino).is_file
-        },
+        "blocks": {ino: fs.get(ino).blocks for ino in inodes},
+        "parents": {ino: fs.parent(ino) for ino in inodes if fs.get(ino).is_directory},
+        "read": {ino: bytes(fs.read(ino, 0, 1 << 24)) for ino in inodes if fs.get(ino).is_file},
     }
 
 

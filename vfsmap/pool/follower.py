@@ -41,9 +41,9 @@ Before = dict[int, bytes | None]
 """For each object that has changed: its record as it was; None: there was no such object."""
 
 _COPIES: Final = SUPERBLOCKS[-1] + BLOCK
-_EPOCH: Final = struct.Struct("<Q")
+_IDENTITY: Final = struct.Struct("<QQ")
+_IDENTITY_AT: Final = Superblock.epoch.offset  # epoch and generation lie side by side
 _GENERATION_AT: Final = 8
-_EPOCH_AT: Final = Superblock.epoch.offset
 
 
 class _Lost(Exception):
@@ -185,14 +185,14 @@ class Follower:
 
     def _newer_superblock(self) -> Superblock | None:
         """Return the superblock that holds, unless it is the one known."""
-        known = self._journal.superblock.epoch
+        known = _identity(self._journal.superblock)
         for last in (False, False, True):  # the writer may be storing one copy after the other
             raw = self._pmem.read(0, _COPIES).ljust(_COPIES, b"\0")
-            if all(_EPOCH.unpack_from(raw, at + _EPOCH_AT)[0] == known for at in SUPERBLOCKS):
+            if all(_IDENTITY.unpack_from(raw, at + _IDENTITY_AT) == known for at in SUPERBLOCKS):
                 return None
             try:
                 sb, _ = superblock.load(memoryview(raw), size_of(self._pmem.fd))
-                return sb if sb.epoch != known else None
+                return sb if _identity(sb) != known else None
             except (NotAPool, PoolDamaged):
                 if last:
                     raise
@@ -222,7 +222,7 @@ class Follower:
             raise _Lost
         # nothing was overwritten before all was read: that would begin at the half's start
         first = self._pmem.read(old.place.start, BATCH.size)
-        if first[_GENERATION_AT : _GENERATION_AT + 8] != _EPOCH.pack(old.generation):
+        if first[_GENERATION_AT : _GENERATION_AT + 8] != old.generation.to_bytes(8, "little"):
             raise _Lost
         half = self._active_half(sb)
         self._last = self._walk(half, sb.batches)
@@ -307,6 +307,11 @@ def _records(batch: bytes) -> list[tuple[int, bytes | None]]:
         found.append((oid, batch[at : at + length] if tag else None))
         at += length
     return found
+
+
+def _identity(sb: Superblock) -> tuple[int, int]:
+    """Return what differs when another superblock was written, or another pool made."""
+    return sb.epoch, sb.generation
 
 
 def _halves(sb: Superblock) -> list[Run]:
