@@ -441,6 +441,25 @@ async def test_who_is_not_trusted_is_served_at_leisure(
         w.handlers.trusted = True
 
 
+async def test_a_stranger_who_breaks_a_rule_is_hung_up_on_at_leisure_and_others_at_once(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with world(leisure=1, connections_max=2) as w:
+        w.handlers.trusted = False
+        peer = w.connect()
+        await peer.send(b"nonsense\0")
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(BlockingIOError):
+            peer.raw.recv(1, socket.MSG_DONTWAIT)
+        # only so many are kept waiting: they hold descriptors
+        other = w.connect()
+        await other.send(b"nonsense\0")
+        assert await other.is_cut_off()
+        mock_clock.jump(1)
+        assert await peer.is_cut_off()
+        w.handlers.trusted = True
+
+
 async def test_one_untrusted_user_has_so_many_connections_and_no_more() -> None:
     async with world(stranger_connections_max=3) as w:
         w.handlers.trusted = False

@@ -58,7 +58,7 @@ class Limits:
     events_max: int = 1000
     """Events that wait for a client that does not read them; the oldest are dropped."""
     leisure: float = 0.02
-    """Seconds between two calls of a client that is not trusted."""
+    """Seconds between two calls of a client that is not trusted, and until it is hung up on."""
 
 
 DEFAULT_LIMITS: Final = Limits()

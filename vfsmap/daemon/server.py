@@ -111,6 +111,7 @@ class Server:
         self._limits = limits
         self._trusted = 0
         self._strangers: dict[int, int] = {}
+        self._waiting = 0
 
     async def run(self, listener: socket.socket) -> None:
         """Accept and serve clients until cancelled."""
@@ -147,6 +148,8 @@ class Server:
             # strangers could fill the log
             level = logging.WARNING if trusted else logging.DEBUG
             log.log(level, "process %d of user %d is cut off: %s", who.pid, who.uid, exc)
+            if not trusted:
+                await self._keep_waiting()
         except (OSError, trio.ClosedResourceError):  # it, or we, hung up in the middle
             pass
         except Exception:
@@ -154,6 +157,15 @@ class Server:
         finally:
             connection.close()
             self._handlers.hung_up(connection)
+
+    async def _keep_waiting(self) -> None:
+        """Hang up on a stranger later, so that who comes back at once gains nothing by it."""
+        if self._waiting < self._limits.connections_max // 2:
+            self._waiting += 1
+            try:
+                await trio.sleep(self._limits.leisure)
+            finally:
+                self._waiting -= 1
 
     @contextmanager
     def _admitted(self, uid: int, *, trusted: bool) -> Iterator[None]:
