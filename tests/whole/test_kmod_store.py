@@ -17,6 +17,7 @@ from vfsmap.kmod.host import Host
 from vfsmap.kmod.layout import Area
 from vfsmap.kmod.loader import Loader
 from vfsmap.kmod.module import Module
+from vfsmap.kmod.runner import Runner
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.userspace import user_host
 from vfsmap.testing.commands import vfsmap
@@ -47,6 +48,24 @@ def test_variants_of_a_module_live_side_by_side_and_each_host_gets_its_own(tmp_p
         assert loader.report(loaded).bound_here
         assert loaded.text == bind(module("xfs"), where).placed.area(Area.TEXT)
         loader.close()
+
+
+def test_a_module_can_be_bound_to_several_addresses_of_one_host(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (first,) = store.add([module("crc7")], Host(user_host()))
+    (second,) = store.add([module("crc7")], Host(user_host()), at=0x5000_0000)
+    with pytest.raises(Exists, match="holds crc7 at 0x50000000"):
+        store.add([module("crc7")], Host(user_host()), at=0x5000_0000)
+    with pytest.raises(Exists, match="holds crc7 at 0x50000000"):
+        store.add([module("reed_solomon")], Host(user_host()), at=0x5000_0000)
+    assert store.find("crc7@0x50000000") == [second]
+    assert store.find("crc7@0x40000000") == [first]
+    with pytest.raises(NotFound, match="no crc7 bound to 0x60000000"):
+        store.find("crc7@0x60000000")
+    for name, variant in (("crc7", first), ("crc7@0x50000000", second)):
+        with Runner(tmp_path, [name], library.map) as run:
+            assert run.address_of(name, "crc7_be") == variant.text.start
+            assert run.call(name, "crc7_be", 0, b"123456789", 9).value == 0x75 << 1
 
 
 def test_modules_share_units_and_never_addresses(tmp_path: Path) -> None:

@@ -86,6 +86,60 @@ def test_a_package_counts_as_was_measured(key: str) -> None:
     assert (found["largest"]["module"], found["largest"]["text_bytes"]) == largest
 
 
+# modules, bytes and pages of text, pages relocated, patched and touched
+LARGE = {
+    "61-amd64": (4023, 68608991, 436316, 19146, 19094, 18197, 19095),
+    "612-amd64": (4230, 81501241, 607699, 22400, 22352, 22088, 22364),
+}
+LARGE_KINDS = {
+    "61-amd64": {
+        ".altinstructions": (1657, 626),
+        ".parainstructions": (3007, 345),
+        ".retpoline_sites": (75545, 8355),
+        ".return_sites": (216674, 17645),
+        ".smp_locks": (34247, 6788),
+        "__jump_table": (39928, 6420),
+        ".static_call_sites": (15906, 3178),
+        "__mcount_loc": (192583, 16830),
+        ".orc_unwind_ip": (1985066, 0),
+        "__bug_table": (26767, 0),
+        "__ex_table": (739, 0),
+    },
+    "612-amd64": {
+        ".altinstructions": (5938, 989),
+        ".retpoline_sites": (93377, 9835),
+        ".return_sites": (248607, 20975),
+        ".call_sites": (1458002, 22006),
+        ".ibt_endbr_seal": (52217, 9156),
+        ".smp_locks": (37189, 7591),
+        "__jump_table": (42190, 7347),
+        ".static_call_sites": (18812, 3742),
+        "__mcount_loc": (217530, 20323),
+        ".orc_unwind_ip": (2204838, 0),
+        "__bug_table": (33444, 0),
+        "__ex_table": (783, 0),
+    },
+}
+SHARES = {
+    "61-amd64": (99.7, 98.0, 97.5, 60.4, 0, 38.9),
+    "612-amd64": (99.8, 98.0, 97.3, 58.2, 0, 38.3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["61-amd64", "612-amd64"])
+def test_a_large_package_counts_as_was_measured(key: str) -> None:
+    found = json.loads(vfsmap("module", "sites", "--all", kernel(key), "--json").stdout)
+    pages = found["text_pages"]
+    counts = [found[name] for name in ("modules", "text_bytes", "init_text_bytes")]
+    counts += [pages, *(found[f"{name}_pages"] for name in ("relocated", "patched", "touched"))]
+    assert tuple(counts) == LARGE[key]
+    kinds = {name: (kind["sites"], kind["pages"]) for name, kind in found["kinds"].items()}
+    assert kinds == LARGE_KINDS[key]
+    shares = [*found["tiers"].values(), found["toggled_pages"]]
+    assert tuple(round(100 * share / pages, 1) for share in shares) == SHARES[key]
+
+
 def test_one_module_is_shown_as_a_table() -> None:
     shown = vfsmap("module", "sites", modules("61")["xfs"]).stdout
     assert "799969 bytes of text in 196 pages" in shown

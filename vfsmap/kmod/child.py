@@ -182,18 +182,19 @@ class Server:
 
 
 def _with_dependencies(store: Store, host: Host, names: list[str]) -> list[str]:
-    """Return the images and those they need, which come first."""
+    """Return the images and those they need, which come first: NAME@ADDRESS."""
     found: list[str] = []
+    seen: set[str] = set()  # two modules may need each other
 
     def visit(name: str) -> None:
         variant = store.find(name, host)[0]
-        if variant.name in found:
+        if variant.name in seen:
             return
+        seen.add(variant.name)
         for depended in store.depends(variant):
             if any(v.name == depended.replace("-", "_") for v in store.index.variants):
                 visit(depended)
-        if variant.name not in found:
-            found.append(variant.name)
+        found.append(f"{variant.name}@{variant.text.start:#x}")
 
     for name in names:
         visit(name)

@@ -17,7 +17,7 @@ import msgspec
 
 from vfsmap.errors import Damaged, Exists, Invalid, NotFound
 from vfsmap.kmod.bind import Bound, Placed, bases_from, bind, place_for
-from vfsmap.kmod.host import MODULE_AREA, Host
+from vfsmap.kmod.host import MODULE_AREA, Host, number
 from vfsmap.kmod.index import Index, Pack, Variant, host_digest, symbols_digest
 from vfsmap.kmod.kernel import Kernel, bind_kernel
 from vfsmap.kmod.layout import Area, Layout
@@ -32,6 +32,7 @@ from vfsmap.kmod.pack import (
     arrange,
     damaged_blocks,
     data_parts,
+    end_of,
     in_units,
     make_empty,
     write_file,
@@ -77,11 +78,19 @@ class Store:
     def find(self, name: str, host: Host | None = None) -> list[Variant]:
         """Return a module's variants, those nearest to ``host`` first.
 
+        ``NAME@ADDRESS`` names the variant whose text is bound to that address.
+
         Raises:
             NotFound: the store has no such module.
+            Invalid: the address is none.
         """
-        name = name.replace("-", "_")
+        name, _, address = name.replace("-", "_").partition("@")
         found = [variant for variant in self.index.variants if variant.name == name]
+        if found and address:
+            start = number(address)
+            found = [variant for variant in found if variant.text.start == start]
+            if not found:
+                raise NotFound(f"{self.directory} holds no {name} bound to {start:#x}")
         if not found:
             known = ", ".join(sorted({v.name for v in self.index.variants})[:10]) or "nothing"
             raise NotFound(f"{self.directory} holds no module {name}, but {known}")
@@ -179,7 +188,7 @@ class Store:
         with self._locked():
             self.index = self._read_index()
             digest = host_digest(host)
-            for module in modules:
+            for module in modules if at is None else ():
                 self._require_new(module.build_id, module.name, digest)
             bound = self._bind(modules, host, at)
             variants = self._write(bound, host, digest)
@@ -252,6 +261,7 @@ class Store:
         else:
             start = self._free_unit(host) if at is None else at
             places = arrange(layouts, start)
+            self._require_free(host, layouts, places)
             limit = IMAGES_END if host.user_space else _MODULES_END
             end = max(
                 (
@@ -276,16 +286,37 @@ class Store:
 
     def _free_unit(self, host: Host) -> int:
         """Return the first unit of 2 MiB behind everything this host has."""
-        digest = host_digest(host)
         end = IMAGES if host.user_space else MODULE_AREA
         for resident in host.modules.values():
             end = max(end, *resident.sections.values(), resident.text.stop)
-        for variant in self.index.variants:
-            if variant.host == digest or host.user_space:
-                for area, base in variant.bases.items():
-                    if area != Area.PERCPU.value:
-                        end = max(end, base + variant.sizes[area])
+        end = max([end, *(span.stop for _, span in self._taken(host))])
         return align_up(end, PMD.size)
+
+    def _taken(self, host: Host) -> Iterator[tuple[str, range]]:
+        """Yield the addresses that the store's modules have on a host, and their names."""
+        digest = host_digest(host)
+        for variant in self.index.variants:
+            if variant.is_kernel or not (variant.host == digest or host.user_space):
+                continue
+            for area, base in variant.bases.items():
+                if area != Area.PERCPU.value and variant.sizes[area]:
+                    yield variant.name, range(base, base + variant.sizes[area])
+
+    def _require_free(
+        self, host: Host, layouts: Sequence[Layout], places: Sequence[dict[Area, int]]
+    ) -> None:
+        """Check that nothing of the store's lies between the first address and the last.
+
+        Raises:
+            Exists: something does.
+        """
+        start = min(min(place[a] for a in place if a is not Area.PERCPU) for place in places)
+        end = end_of(places, layouts)
+        for name, span in self._taken(host):
+            if span.start < end and start < span.stop:
+                raise Exists(
+                    f"{self.directory} holds {name} at {span.start:#x}; put it elsewhere with --at"
+                )
 
     def _write(self, bound: list[Bound], host: Host, digest: str) -> list[Variant]:
         """Write a pack and everything its variants need; the index does not name it yet."""

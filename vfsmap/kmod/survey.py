@@ -34,6 +34,7 @@ _THUNKS: Final = ("__fentry__", "__x86_return_thunk")
 _INDIRECT: Final = "__x86_indirect_thunk_"
 _RELATIVE: Final = ("PC32", "PLT32", "PC64")
 _WIDE: Final = (R_64, PC64)
+_SHORT_JUMP: Final = 2
 
 
 class Kind(NamedTuple):
@@ -177,6 +178,8 @@ def _count_sites(image: Image, found: Survey) -> set[int]:
     toggled: set[int] = set()
     for name in TABLES:
         of_kind = sites(image, name)
+        if name == JUMPS:  # counted by their shortest form, as which any of them may be built
+            of_kind = [site._replace(length=_SHORT_JUMP) for site in of_kind]
         pages = _pages(image, of_kind)
         if image.is_kernel:
             of_kind = [site for site in of_kind if site.address in image.text]
@@ -194,6 +197,7 @@ def _count_relocations(module: Module, layout: Layout, found: Survey) -> set[int
     """Count the relocations of core text, and the pages that each tier leaves to be written."""
     pages: dict[str, set[int]] = {tier: set() for tier in TIERS}
     rows = module.elf.symbol_rows
+    of_cpus = {n for n, spot in layout.places.items() if spot.area is Area.PERCPU}
     for number, spot in layout.places.items():
         if spot.area is not Area.TEXT:
             continue
@@ -204,15 +208,22 @@ def _count_relocations(module: Module, layout: Layout, found: Survey) -> set[int
                 continue
             at = spot.offset + offset
             last = at + (7 if kind in _WIDE else 3)
-            for tier in _tiers(module, rows[info >> 32], NAMES[kind]):
+            for tier in _tiers(module, rows[info >> 32], NAMES[kind], of_cpus):
                 pages[tier].update((at // PTE.size, last // PTE.size))
     for tier, touched in pages.items():
         found.tier_pages[tier] = len(touched)
     return pages["T0"]
 
 
-def _tiers(module: Module, row: tuple[int, int, int, int, int, int], kind: str) -> tuple[str, ...]:
-    """Return the tiers under which a relocation still has to be done at load."""
+def _tiers(
+    module: Module, row: tuple[int, int, int, int, int, int], kind: str, of_cpus: set[int]
+) -> tuple[str, ...]:
+    """Return the tiers under which a relocation still has to be done at load.
+
+    ``of_cpus`` are sections of variables of each CPU, whose place is chosen at load.
+    """
+    if row[3] in of_cpus:
+        return ("T0", "T1", "T2", "T3")
     if 0 < row[3] < SHN_LORESERVE:
         return ("T0",) if kind in _RELATIVE else ("T0", "T1")
     name = module.elf.symbol_name(row)

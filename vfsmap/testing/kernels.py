@@ -34,6 +34,18 @@ PACKAGES: Final = {
         "5195b288dec79e2981d6b84457f38b7ce7310a2d702930ec7d07209c7f78ce37",
         "6.12.117+deb12-cloud-amd64",
     ),
+    "61-amd64": Package(
+        "linux-image-6.1.0-56-amd64",
+        "6.1.192-2",
+        "a86e2049672f52354c4536a089203b6c82639420424d31c91cf31a181fd4d8f1",
+        "6.1.0-56-amd64",
+    ),
+    "612-amd64": Package(
+        "linux-image-6.12.117+deb12-amd64",
+        "6.12.117-1~deb12u1",
+        "803d36a7cda13355ae8152122470288b2636f19f1cb58162dd9d8b408af9b1b4",
+        "6.12.117+deb12-amd64",
+    ),
 }
 
 _GONE: Final = ("was not found", "Unable to locate", "404", "Can't find a source")
@@ -46,7 +58,7 @@ def cache() -> Path:
 
 @functools.cache
 def kernel(key: str) -> Path:
-    """Return where the package ``61`` or ``612`` is unpacked; skip the test if it is no more."""
+    """Return where a package of :data:`PACKAGES` is unpacked; skip the test if it is no more."""
     package = PACKAGES[key]
     target = cache() / key
     if not target.is_dir():
