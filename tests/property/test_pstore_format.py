@@ -1,6 +1,8 @@
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import reedsolo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from vfsmap.errors import Damaged, Invalid
 from vfsmap.pstore.detect import detect
 from vfsmap.pstore.ecc import Code
-from vfsmap.pstore.geometry import ORDERS, Geometry, Place
+from vfsmap.pstore.format import format_region
+from vfsmap.pstore.geometry import ORDERS, Geometry, Order, Place
+from vfsmap.pstore.margin import find_geometry
 from vfsmap.pstore.record import make_body, make_header, parse_header
 from vfsmap.pstore.zone import Zone
 
@@ -126,3 +130,68 @@ def test_body_never_outgrows_its_room(log: bytes, room: int, compression: Any) -
     assert 0 < len(body) <= room
     assert not packed or compression == "deflate"
     assert body[:1] not in (b"\n", b" ", b"\t", b"\xa0")
+
+
+def in_use(geometry: Geometry, residue: bytes | bytearray = b"") -> bytearray:
+    """Return a region as kernels leave them, all zones of which hold what they should."""
+    region = bytearray(residue or geometry.size)
+    text = {
+        "dmesg": b"====1.000000-D\nOops#1 Part1\n",
+        "console": b"[    0.000000] Linux version 6.1\n",
+        "pmsg": b"hello\n",
+    }
+    for place in geometry.places:
+        view = memoryview(region)[place.offset : place.offset + place.size]
+        zone = Zone(place, view, geometry.ecc)
+        zone.format(0x0601C0 if place.kind == "ftrace" else 0)
+        zone.write(text.get(place.kind, bytes(24)))
+    return region
+
+
+FULL = st.builds(
+    Geometry,
+    size=st.sampled_from([0x40000, 0x3C000]),
+    record=st.sampled_from([0x2000, 0x4000]),
+    console=st.sampled_from([0x2000, 0x4000]),
+    pmsg=st.sampled_from([0x1000, 0x4000]),
+    ftrace=st.sampled_from([0x4000, 0x8000]),
+    ecc=st.sampled_from([0, 16, 20]),
+    cpus=st.sampled_from([1, 3, 4]),
+    order=st.sampled_from(ORDERS),
+)
+
+
+@given(FULL, st.data())
+@settings(max_examples=20, deadline=None)
+def test_geometry_is_detected_though_a_byte_of_any_one_header_is_wrong(
+    geometry: Geometry, data: st.DataObject
+) -> None:
+    region = in_use(geometry)
+    place = data.draw(st.sampled_from(geometry.places))
+    region[place.offset + data.draw(st.integers(0, 11))] ^= data.draw(st.integers(1, 255))
+    assert detect(region) == replace(geometry, cpus=detect(region).cpus)
+    assert detect(region).cpus == geometry.cpus or place.kind == "ftrace"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["console", "dmesg"])
+def test_geometry_is_detected_though_a_whole_header_is_gone(order: Order, kind: str) -> None:
+    geometry = Geometry(0x40000, 0x4000, 0x4000, 0x4000, 0x4000, ecc=16, cpus=4, order=order)
+    region = in_use(geometry)
+    place = next(place for place in geometry.places if place.kind == kind)
+    region[place.offset : place.offset + 12] = bytes(12)
+    assert detect(region) == geometry
+
+
+@pytest.mark.parametrize("record", [0x1000, 0x2000, 0x4000])
+@pytest.mark.parametrize("order", ORDERS)
+def test_ledger_of_an_older_layout_does_not_hide_what_a_kernel_made_of_the_region(
+    record: int, order: Order
+) -> None:
+    old = Geometry(0x40000, 0x2000, 0x2000, 0x1000, 0x4000, order="6.1")
+    new = Geometry(0x40000, record, 0x2000, 0x4000, 0x8000, cpus=4, order=order)
+    region = bytearray(old.size)
+    format_region(region, old)
+    region = in_use(new, residue=region)
+    assert find_geometry(memoryview(region)) == old
+    assert detect(region) == new

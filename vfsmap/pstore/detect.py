@@ -1,16 +1,18 @@
 """Find out the geometry of a region from its content.
 
-A ledger tells it.  Without one, the zones' signatures do: every geometry that puts its zones where
-signatures are is tried, and the one that leaves the least unexplained wins.  Zones that are empty
-and of one size can't be told apart; then console and pmsg are taken to be there, as people set
-regions up.
+The zones' signatures tell it: every geometry that puts its zones where signatures are is tried,
+and the one that leaves the least unexplained wins.  So a few zones may be spoilt.  Zones that are
+empty and of one size can't be told apart; then console and pmsg are taken to be there, as people
+set regions up.  A ledger that nothing contradicts tells it at once, and does away with all doubt.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from vfsmap.errors import Damaged, Invalid
@@ -27,14 +29,19 @@ from vfsmap.pstore.geometry import (
 )
 from vfsmap.pstore.margin import find_geometry
 from vfsmap.pstore.record import parse_header
+from vfsmap.pstore.zone import SIGNATURE
 
 _LEAST: Final = 512  # bytes: smaller console, pmsg and ftrace sizes are not looked for
-_MOST_LEFT: Final = 6  # only so many of the last plain signatures are tried as the records' end
+_MOST_LEFT: Final = 12  # only so many of the last plain signatures are tried as the records' end
 _MOST_CPUS: Final = 1024
+_MOST_SPOILT: Final = 1  # of console, pmsg and the first ftrace zone
+_PLAIN: Final = SIGNATURE.to_bytes(4, "little")
 # "DBGC" XORed with the version code of a kernel 2.x.y to 31.x.y, or two bytes of "DBGC" itself
 _TRACED: Final = rb"..[\x40-\x45\x48-\x5f]C"
 _SPOILT: Final = rb"DB..|D.G.|D..C|.BG.|.B.C|..GC"
-_SIGNATURES: Final = re.compile(rb"(?=(%s)|%s)" % (_TRACED, _SPOILT), re.DOTALL)
+_SIGNATURES: Final = re.compile(rb"(?=((%s)|%s))" % (_TRACED, _SPOILT), re.DOTALL)
+# What the kernel's log looks like, and what its console therefore holds
+_PRINTED: Final = re.compile(rb"\[ *\d+\.\d{6}\]")
 
 
 class Site(NamedTuple):
@@ -65,12 +72,14 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
         Damaged: no ramoops region is there, or nothing explains what is.
     """
     region = memoryview(buffer).cast("B")[:MAX_REGION]
-    known = find_geometry(region)
-    if known:
-        return known
     sites = _find_sites(region)
     judge = _Judge(region, sites)
-    best = max(_guess(region, sites), key=judge, default=None)
+    known = find_geometry(region)
+    if known and judge.approves(known):
+        return known
+    best = max(_guess(region, sites), key=judge, default=known)
+    if known and best and judge(known)[0] >= judge(best)[0]:
+        return known
     if best is None or 4 * judge(best)[1] < 3 * len(best.places):
         raise Damaged(
             f"no ramoops region found in {len(region):#x} bytes: give its geometry, or format it"
@@ -79,17 +88,35 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
 
 
 def _find_sites(region: memoryview) -> Sites:
-    sites = {}
-    for match in _SIGNATURES.finditer(region):
+    sites = dict(_scan(region, _SIGNATURES, _PLAIN))
+    versions = Counter(site.signature for site in sites.values() if site.traced)
+    for at, site in sites.items():
+        if versions[site.signature] <= 2 and re.match(rb"DB.C", site.signature, re.DOTALL):
+            sites[at] = site._replace(traced=False)  # rather one byte wrong than a kernel x.0.0
+    versions = Counter(site.signature for site in sites.values() if site.traced)
+    for version, _ in versions.most_common(1):  # one kernel wrote all of them
+        parts = [re.escape(version[:at]) + b"." + re.escape(version[at + 1 :]) for at in range(4)]
+        spoilt = re.compile(rb"(?=(()%s))" % b"|".join(parts), re.DOTALL)
+        for at, site in _scan(region, spoilt, version):
+            if site.signature != _PLAIN:
+                sites[at] = site._replace(signature=version, traced=True)
+    return sites
+
+
+def _scan(
+    region: memoryview, pattern: re.Pattern[bytes], exact: bytes
+) -> Iterator[tuple[int, Site]]:
+    """Yield what looks like a zone; of ``exact`` signature also where the rest makes no sense."""
+    for match in pattern.finditer(region):
         at = match.start()
         head = region[at : at + HEADER]
         if at % 2 or len(head) < HEADER:
             continue
         start, size = (int.from_bytes(head[i : i + 4], "little") for i in (4, 8))
-        if start <= size < len(region):
+        sane = start <= size < len(region)
+        if sane or match[1] == exact:
             begins = bytes(region[at + HEADER : at + HEADER + 64])
-            sites[at] = Site(bytes(head[:4]), match[1] is not None, size, begins)
-    return sites
+            yield at, Site(match[1], match[2] is not None, size if sane else 0, begins)
 
 
 def _guess(region: memoryview, sites: Sites) -> Iterator[Geometry]:
@@ -101,7 +128,9 @@ def _guess(region: memoryview, sites: Sites) -> Iterator[Geometry]:
     ends = [end for end in ends if end > max(sites, default=0)]
     for end in ends:
         yield from _complete(sites, None, {}, end, 1, ORDERS[-1])
-    for start in {0, *plain[-_MOST_LEFT:], *traced[:1]}:
+    last = plain[-_MOST_LEFT:]
+    after = [2 * second - first for first, second in pairwise(last)]  # where one is spoilt
+    for start in {0, *last, *after, *traced[:1]}:
         for order in ORDERS:
             for sizes, cpus, least in _lay_out(sites, start, order, length):
                 if order == "6.1" and not dict(sizes)["ftrace"]:
@@ -117,15 +146,16 @@ def _lay_out(sites: Sites, start: int, order: Order, limit: int) -> Iterator[_La
         kinds = ("console", "pmsg", "ftrace")
     last = max(sites, default=0)
 
-    def extend(done: Sizes, cpus: int, at: int) -> Iterator[_Layout]:
+    def extend(done: Sizes, cpus: int, at: int, spoilt: int) -> Iterator[_Layout]:
         if len(done) == len(kinds):
             if at > last:
                 yield _Layout(done, cpus, at)
             return
         kind = kinds[len(done)]
-        yield from extend((*done, (kind, 0)), cpus, at)
+        yield from extend((*done, (kind, 0)), cpus, at, spoilt)
         site = sites.get(at)
-        if site is None or site.traced != (kind == "ftrace"):
+        spoilt += site is None
+        if spoilt > _MOST_SPOILT or (site and site.traced != (kind == "ftrace")):
             return
         size = _LEAST
         while at + size <= limit:
@@ -133,19 +163,20 @@ def _lay_out(sites: Sites, start: int, order: Order, limit: int) -> Iterator[_La
                 end = at + (size // count & ~1) * count
                 if end in sites or end > last:
                     more = (*done, (kind, size))
-                    yield from extend(more, max(cpus, count), end)
+                    yield from extend(more, max(cpus, count), end, spoilt)
             size *= 2
 
-    return extend((), 1, start)
+    return extend((), 1, start, 0)
 
 
 def _count_cpus(sites: Sites, at: int, size: int) -> Iterator[int]:
     """Yield how many zones of one version can share ``size`` bytes from ``at``."""
-    signature = sites[at].signature
-    for count in range(1, min(_MOST_CPUS, size // 64) + 1):
+    traced = sum(site.traced for site in sites.values())
+    for count in range(1, min(_MOST_CPUS, size // 64, traced * 4 // 3) + 1):
         step = size // count & ~1
         places = (sites.get(at + step * index) for index in range(count))
-        if all(site is not None and site.signature == signature for site in places):
+        found = [site.signature for site in places if site and site.traced]
+        if 4 * len(found) >= 3 * count and len(set(found)) == 1:
             yield count
 
 
@@ -177,34 +208,40 @@ class _Judge:
 
     def __call__(self, geometry: Geometry) -> tuple[int, ...]:
         """Return a geometry's marks; the larger the better."""
-        found = bad = 0
-        for group in geometry.groups:
-            fit, wrong = self._marks(group)
-            found, bad = found + fit, bad + wrong
-        left = sum(at < geometry.size for at in self._sites) - found
+        marks = [self._marks(group) for group in geometry.groups]
+        found, full, bad, odd = (sum(column) for column in zip(*marks, strict=True))
+        within = [site for at, site in self._sites.items() if at < geometry.size]
+        left = len(within) - found + 2 * (sum(site.size > 0 for site in within) - full)
         usual = bool(geometry.console), bool(geometry.pmsg), geometry.console == geometry.pmsg
         whole = geometry.size == self._length
+        bad += 4 * (not whole and geometry.size != round_down(geometry.size))
         snug = bool(geometry.record) or not geometry.dump  # nothing is left over
-        return (-bad - 2 * left, found, whole, snug, *usual, -geometry.size)
+        return (-bad - 2 * left, found, whole, snug, -odd, *usual, -geometry.size)
 
-    def _mark(self, group: Group) -> tuple[int, int]:
-        """Return how many zones have a signature, and what speaks against the others."""
+    def approves(self, geometry: Geometry) -> bool:
+        """Tell whether nothing speaks against a geometry."""
+        return self(geometry)[:2] == (0, len(geometry.places))
+
+    def _mark(self, group: Group) -> tuple[int, int, int, int]:
+        """Return how many zones are there, how many of them in use, objections, and doubts."""
         kind, count, offset, size = group
-        found = bad = 0
+        found = full = bad = odd = 0
         for at in range(offset, offset + count * size, size):
             site = self._sites.get(at)
             if site is None or site.traced != (kind == "ftrace"):
                 bad += 3
                 continue
             found += 1
+            full += site.size > 0
             bad += 2 * (site.size > size - HEADER)
             if site.size and kind != "ftrace":
-                bad += 2 * ((parse_header(site.begins) is None) == (kind == "dmesg"))
-        return found, bad
+                bad += 4 * ((parse_header(site.begins) is None) == (kind == "dmesg"))
+                odd += (_PRINTED.search(site.begins) is None) == (kind == "console")
+        return found, full, bad, odd
 
 
 def _detect_ecc(region: memoryview, geometry: Geometry) -> int:
-    """Return the parity bytes that most zones' ends show to be in use; 0: none are."""
+    """Return the parity bytes that enough zones' ends show to be in use; 0: none are."""
     votes: dict[int, int] = {}
     places = geometry.places[:64]
     for place in places:
@@ -212,4 +249,4 @@ def _detect_ecc(region: memoryview, geometry: Geometry) -> int:
         for size in matching_sizes(zone[:HEADER], zone[HEADER:]):
             votes[size] = votes.get(size, 0) + 1
     best = max(votes, key=votes.__getitem__, default=0)
-    return best if best and 2 * votes[best] > len(places) else 0
+    return best if best and 4 * votes[best] >= len(places) else 0
