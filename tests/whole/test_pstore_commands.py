@@ -17,7 +17,8 @@ from vfsmap.testing.regions import load_sample
 from vfsmap_tools.pstore import pstore
 from vfsmap_tools.pstore_follow import grow, settle
 
-RUN = [sys.executable, "-m", "vfsmap_tools.pstore", "run"]
+PSTORE = [sys.executable, "-m", "vfsmap_tools.pstore"]
+RUN = [*PSTORE, "run"]
 SAMPLES = Path(__file__).parents[1] / "data/ramoops"
 
 
@@ -140,7 +141,7 @@ def test_erase_removes_what_is_named_or_all(file: Path) -> None:
     assert [fact["name"] for fact in ask("ls", file)] == ["console-ramoops-0"]
     call("erase", file, "--all")
     assert ask("ls", file) == []
-    assert "it shows nothing" in call("erase", file, "console-ramoops-0", status=1).stderr
+    assert "it shows no file" in call("erase", file, "console-ramoops-0", status=1).stderr
     assert "--all" in call("erase", file, status=2).stderr
 
 
@@ -162,7 +163,7 @@ def test_import_and_export_copy_a_region_whole(sample: Path, tmp_path: Path) -> 
 
 def test_policy_is_set_and_told(file: Path) -> None:
     assert ask("info", file)["policy"] == "keep"
-    call("policy", file, "overwrite")
+    assert ask("policy", file, "overwrite") == {"policy": "overwrite"}
     assert ask("info", file)["policy"] == "overwrite"
 
 
@@ -180,6 +181,39 @@ def test_geometry_that_was_given_is_used(sample: Path) -> None:
     assert len(ask("ls", sample, *options, "--order", "6.1")) == 6
     assert len(ask("ls", sample, *options, "--order", "6.12")) == 4
     assert "cut off" in call("ls", sample, "--size", "2M", status=2).stderr
+
+
+def test_what_an_option_tells_goes_before_what_is_detected(sample: Path) -> None:
+    found = ask("info", sample)
+    told = ask("info", sample, "--ecc", "16")
+    assert (found["ecc"], told["ecc"]) == (0, 16)
+    assert {key: told[key] for key in ("console", "ftrace", "cpus", "order")} == {
+        "console": 128 << 10,
+        "ftrace": 128 << 10,
+        "cpus": 2,
+        "order": "6.1",
+    }
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_log_and_follow_end_well_when_they_are_told_to(file: Path, ending: signal.Signals) -> None:
+    words = [*PSTORE, "show", str(file), "--follow", "--json"]
+    follower = subprocess.Popen(words, stdout=subprocess.PIPE)
+    words = [*PSTORE, "log", str(file), "--to", "console", "--json"]
+    logger = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert logger.stdin
+    assert logger.stdout
+    assert follower.stdout
+    logger.stdin.write(b"a line\n")
+    logger.stdin.flush()
+    assert json.loads(follower.stdout.readline()) == {"text": "a line\n"}
+    for process in (logger, follower):
+        process.send_signal(ending)
+        assert process.wait(60) == 0
+    assert json.loads(logger.stdout.read()) == {"lines": 1}
+    assert follower.stdout.read() == b""
+    for stream in (logger.stdin, logger.stdout, follower.stdout):
+        stream.close()
 
 
 def run(file: Path, *command: str) -> subprocess.CompletedProcess[bytes]:

@@ -1,25 +1,23 @@
 """Commands about a crash log: ``vfsmap pstore ...``."""
 
 import json
-import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import click
 
-from vfsmap.errors import Busy, Denied, Invalid, NoSpace, ReadOnly
+from vfsmap.errors import Invalid
 from vfsmap.pstore import File, Geometry, Recorder, Region, format_region
-from vfsmap.pstore.geometry import ORDERS, Order
+from vfsmap.pstore.geometry import Order
 from vfsmap.pstore.kallsyms import Symbols
 from vfsmap.pstore.transfer import copy_region, extract
-from vfsmap.units import KIB, MIB, format_size
+from vfsmap.units import MIB, format_size
 from vfsmap_tools.console import (
-    SIZE,
     errors_exit,
     json_option,
     print_facts,
@@ -27,60 +25,26 @@ from vfsmap_tools.console import (
     print_table,
 )
 from vfsmap_tools.pstore_follow import follow_zone
+from vfsmap_tools.pstore_options import (
+    KINDS,
+    find_geometry,
+    geometry_options,
+    make_geometry,
+    open_region,
+    open_to_read,
+)
 from vfsmap_tools.pstore_run import leave_with, run_recorded
 
 PATH: Final = click.Path(path_type=Path)
-_KINDS: Final = {"record": 128 * KIB, "console": 128 * KIB, "pmsg": 128 * KIB, "ftrace": 0}
 Kept = Literal["keep", "overwrite"]
-
-
-def geometry_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the parameters of a region, as its argument ``geometry``; None: detect it."""
-
-    @click.option("--size", type=SIZE, help="Size of the region; default: the file's.")
-    @click.option("--record", type=SIZE, help="Size of a crash record, at least; 0: none.")
-    @click.option("--console", type=SIZE, help="Size of the console zone; 0: none.")
-    @click.option("--pmsg", type=SIZE, help="Size of the pmsg zone; 0: none.")
-    @click.option("--ftrace", type=SIZE, help="Size of all ftrace zones together; 0: none.")
-    @click.option("--ecc", type=int, help="Parity bytes for each 128 bytes; 1 means 16, 0 none.")
-    @click.option("--cpus", type=int, help="Possible CPUs: the number of ftrace zones.")
-    @click.option("--order", type=click.Choice(ORDERS), help="Whose order the zones follow.")
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        names = ("size", *_KINDS, "ecc", "cpus", "order")
-        given = {name: kwargs.pop(name) for name in names}
-        command(*args, geometry={k: v for k, v in given.items() if v is not None}, **kwargs)
-
-    return wrapped
-
-
-def make_geometry(given: dict[str, Any], size: int) -> Geometry:
-    """Return the geometry of what was given, and defaults."""
-    sizes = {"size": size} | _KINDS | given
-    if sizes["ftrace"]:
-        sizes.setdefault("cpus", os.sysconf("SC_NPROCESSORS_CONF"))
-    return Geometry(**sizes)
-
-
-def open_region(file: Path, given: dict[str, Any], *, writable: bool) -> Region:
-    """Open a region by the geometry that was given, else by what is detected."""
-    known = make_geometry(given, file.stat().st_size) if given else None
-    return Region.open(file, known, writable=writable)
-
-
-def open_to_read(file: Path, given: dict[str, Any]) -> Region:
-    """Open a region for writing if that is possible, so that what is read can be marked."""
-    try:
-        return open_region(file, given, writable=True)
-    except (Denied, Busy, ReadOnly, NoSpace):
-        return open_region(file, given, writable=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def pstore() -> None:
     """Keep a crash log that the Linux kernel's ramoops can read and write.
 
-    FILE is a file of a mounted pool, mapped straight out of it, or any other region file.
+    FILE is a file of a mounted pool, mapped straight out of it, or any other region file.  The
+    geometry of a region is found out by itself; what the options say of it goes before.
     """
 
 
@@ -99,7 +63,10 @@ def pstore() -> None:
 def format_command(
     file: Path, geometry: dict[str, Any], policy: Kept, force: bool, as_json: bool
 ) -> None:
-    """Make an empty region: 1M, records, console and pmsg of 128K, unless told otherwise."""
+    """Make an empty region.
+
+    Unless told otherwise 1M large, with records, console and pmsg of 128K each.
+    """
     made = make_geometry(geometry, MIB)
     format_region(file, made, overwrite=policy == "overwrite", force=force)
     if as_json:
@@ -146,7 +113,7 @@ def show(
     """Print one file, or all of them, and mark the crash records among them as read."""
     if follow:
         kind = (name or "console").removesuffix("-ramoops-0")
-        with open_to_read(file, geometry) as region:
+        with open_to_read(file, geometry) as region, until_stopped():
             follow_zone(region, kind, as_json=as_json)
         return
     symbols = Symbols.load(kallsyms) if kallsyms else None
@@ -195,13 +162,13 @@ def erase(
 @errors_exit
 def log(file: Path, geometry: dict[str, Any], zone: str, as_json: bool) -> None:
     """Record the lines of the standard input, by default to the pmsg zone."""
-    known = make_geometry(geometry, file.stat().st_size) if geometry else None
-    with Recorder(file, known, watch=False) as recorder:
+    with Recorder(file, find_geometry(file, geometry), watch=False) as recorder:
         store = recorder.console if zone == "console" else recorder.pmsg
         lines = 0
-        for line in sys.stdin.buffer:
-            store(line)
-            lines += 1
+        with until_stopped():
+            for line in sys.stdin.buffer:
+                store(line)
+                lines += 1
         recorder.persist()
     if as_json:
         print_json({"lines": lines})
@@ -210,14 +177,16 @@ def log(file: Path, geometry: dict[str, Any], zone: str, as_json: bool) -> None:
 @pstore.command(context_settings={"ignore_unknown_options": True})
 @click.argument("file", type=PATH)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@geometry_options
 @json_option
 @errors_exit
-def run(file: Path, command: tuple[str, ...], as_json: bool) -> None:
+def run(file: Path, command: tuple[str, ...], geometry: dict[str, Any], as_json: bool) -> None:
     """Run a command, record what it prints, and leave a crash record if it fails.
 
-    Output and exit status, or signal, are passed on.  Write: run FILE -- COMMAND...
+    Output and exit status, or signal, are passed on.  Write: run FILE -- COMMAND...  With --json,
+    the last line of the error stream tells the status and the record's name.
     """
-    with Recorder(file, watch=False) as recorder:
+    with Recorder(file, find_geometry(file, geometry), watch=False) as recorder:
         status, record = run_recorded(recorder, command)
     if as_json:
         print(json.dumps({"status": status, "record": record}), file=sys.stderr)
@@ -288,11 +257,17 @@ def extract_command(
 @click.argument("file", type=PATH)
 @click.argument("kept", metavar="keep|overwrite", type=click.Choice(["keep", "overwrite"]))
 @geometry_options
+@json_option
 @errors_exit
-def policy_command(file: Path, kept: Kept, geometry: dict[str, Any]) -> None:
-    """Say what happens when all crash records are unread."""
+def policy_command(file: Path, kept: Kept, geometry: dict[str, Any], as_json: bool) -> None:
+    """Say what happens when all crash records are unread.
+
+    keep: a new one is refused, and counted.  overwrite: the oldest makes room, and is counted.
+    """
     with open_region(file, geometry, writable=True) as region:
         region.set_policy(overwrite=kept == "overwrite")
+    if as_json:
+        print_json({"policy": kept})
 
 
 @pstore.command("info")
@@ -331,10 +306,22 @@ def info_command(file: Path, geometry: dict[str, Any], as_json: bool) -> None:
     print_table(list(zones[0]), [list(zone.values()) for zone in zones])
 
 
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Do what goes on until it is told to end: then SIGINT and SIGTERM are a good end."""
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def geometry_facts(geometry: Geometry) -> dict[str, Any]:
     """Return a geometry as facts, sizes in bytes."""
     order: Order = geometry.order
-    sizes = {name: getattr(geometry, name) for name in ("size", *_KINDS)}
+    sizes = {name: getattr(geometry, name) for name in ("size", *KINDS)}
     return sizes | {
         "ecc": geometry.ecc,
         "cpus": geometry.cpus,

@@ -14,23 +14,20 @@ _PAUSE: Final = 0.1  # seconds between two looks
 
 
 def follow_zone(region: Region, kind: str, *, as_json: bool) -> None:
-    """Print what the console or the pmsg zone holds, and what is added, until interrupted."""
+    """Print what the console or the pmsg zone holds, and what is added, for ever."""
     if kind not in ("console", "pmsg"):
         raise Invalid(f"{kind} can't be followed; name console-ramoops-0 or pmsg-ramoops-0")
     zone = region.zone("console" if kind == "console" else "pmsg")
     if zone is None:
         raise NotFound(f"the region has no {kind} zone")
-    try:
-        for piece in grow(zone, lambda: settle(region)):
-            if as_json:
-                print(json.dumps({"text": piece.decode(errors="replace")}), flush=True)
-            else:
-                sys.stdout.buffer.write(piece)
-                sys.stdout.buffer.flush()
-            if not piece:
-                time.sleep(_PAUSE)
-    except KeyboardInterrupt:
-        pass
+    for piece in grow(zone, lambda: settle(region)):
+        if not piece:
+            time.sleep(_PAUSE)
+        elif as_json:
+            print(json.dumps({"text": piece.decode(errors="replace")}), flush=True)
+        else:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
 
 
 def settle(region: Region) -> None:

@@ -127,8 +127,8 @@ class Region:
         files = self.files(symbols)
         found = next((file for file in files if file.name == name), None)
         if found is None:
-            names = ", ".join(file.name for file in files) or "nothing"
-            raise NotFound(f"no {name} in the region; it shows {names}")
+            names = ", ".join(file.name for file in files) or "no file"
+            raise NotFound(f"no file {name!r} in the region; it shows {names}")
         return found
 
     @property
