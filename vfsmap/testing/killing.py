@@ -8,8 +8,10 @@ and checks that neither a mount nor a process is left and that ``vfsmap check`` 
 A failing round is named by its seed: ``--rounds 1 --seed N`` draws the same operations again.
 """
 
+import logging
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -22,6 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -36,8 +39,10 @@ from vfsmap.testing.commands import vfsmap
 from vfsmap.testing.trees import Record, observe
 from vfsmap.testing.writing import Writer, write_until_gone
 from vfsmap_tools.mounts import find_mount
+from vfsmap_tools.server import ServerOptions, run_server
 
 WRITERS: Final = 8
+_FORK: Final = multiprocessing.get_context("fork")
 MEDIA: Final[dict[str, Callable[[], AbstractContextManager[Path]]]] = {
     "tmpfs": partial(media.tmpfs, size="300M"),
     "hugetlbfs": partial(media.hugetlbfs, pages=128),
@@ -88,22 +93,22 @@ class Arena:
         self.socket = home / "socket"
         self.log = home / "log"
         self.by_fsync = by_fsync
-        self.server: subprocess.Popen[bytes] | None = None
+        self.server: ForkProcess | None = None
         self.records: list[Record] = []
         self.directory.mkdir()
         vfsmap("format", self.pool, "--size", _POOL_SIZE)
 
-    def start(self) -> int:
-        """Start the server; return a descriptor on which it tells that it is ready."""
-        reader, writer = os.pipe()
-        command = [sys.executable, "-m", "vfsmap_tools.cli", "mount", "--foreground"]
-        command += ["--socket", str(self.socket), "--log", str(self.log)]
-        command += ["--ready-fd", str(writer), str(self.pool), str(self.directory)]
-        self.server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer]
-        )
-        os.close(writer)
-        return reader
+    def start(self) -> Connection:
+        """Start the server; return a pipe on which it tells that it is ready.
+
+        It is a fork, so a round costs no interpreter and no imports; all else is what ``vfsmap
+        mount`` runs.
+        """
+        ours, theirs = _FORK.Pipe(duplex=False)
+        self.server = _FORK.Process(target=_be_server, args=(self, theirs))
+        self.server.start()
+        theirs.close()
+        return ours
 
     def start_and_wait(self) -> None:
         """Start the server, and return when it is ready.
@@ -111,16 +116,17 @@ class Arena:
         Raises:
             Lost: it does not start.
         """
-        with os.fdopen(self.start()) as ready:
-            line = ready.readline()
-        if line != "\n":
-            raise Lost(f"the server does not start: {line or 'it ended'}")
+        try:
+            with self.start() as ready:
+                ready.recv()
+        except EOFError:
+            raise Lost(f"the server does not start; its log is {self.log}") from None
 
     def kill(self) -> None:
         """Kill the server, if there is one."""
         if self.server is not None:
             self.server.kill()
-            self.server.wait()
+            self.server.join()
             self.server = None
 
     def stop(self) -> None:
@@ -131,8 +137,8 @@ class Arena:
         """
         assert self.server is not None
         self.server.terminate()
-        status = self.server.wait()
-        self.server = None
+        self.server.join()
+        status, self.server = self.server.exitcode, None
         if status:
             raise Lost(f"told to end, the server ended with {status}")
         if self.socket.exists():
@@ -204,6 +210,17 @@ class Arena:
         self.records = []
 
 
+def _be_server(made: Arena, ready: Connection) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    logging.basicConfig(filename=made.log, level=logging.INFO, force=True)
+    try:
+        options = ServerOptions(socket=made.socket)
+        run_server(made.pool, made.directory, options, ready=lambda: ready.send(None))
+    except BaseException:
+        logging.exception("the server has ended")
+        raise
+
+
 @contextmanager
 def opened(directory: Path) -> Iterator[int]:
     """Yield a descriptor of a directory."""
@@ -258,21 +275,20 @@ def run_round(made: Arena, seed: int, tally: Tally) -> None:
 
 def _kill_while_starting(made: Arena, chance: random.Random) -> None:
     ready = made.start()
-    time.sleep(chance.uniform(0.1, 1.0))
+    ready.poll(chance.uniform(0, 0.3))
     made.kill()
-    os.close(ready)
+    ready.close()
     made.require_nothing_left()
     made.require_clean()
 
 
 def _write_and_kill(made: Arena, seed: int, chance: random.Random) -> list[Record]:
-    fork = multiprocessing.get_context("fork")
     writers = []
     try:
         for number in range(WRITERS):
-            ours, theirs = fork.Pipe()
+            ours, theirs = _FORK.Pipe()
             arguments = (made, number, seed * 1000 + number, theirs)
-            writer = fork.Process(target=_be_writer, args=arguments)
+            writer = _FORK.Process(target=_be_writer, args=arguments)
             writer.start()
             theirs.close()
             writers.append((writer, ours))
@@ -349,6 +365,7 @@ def run(
                 if keep:
                     shutil.copy(made.pool, keep / f"{medium}-{number}.pmem")
                     shutil.copy(made.log, keep / f"{medium}-{number}.log")
+                    (keep / f"{medium}-{number}.pickle").write_bytes(pickle.dumps(made.records))
             finally:
                 signal.alarm(0)
     finally:
@@ -367,7 +384,7 @@ def _give_up(*_: object) -> None:
 @click.option(
     "--keep",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Copy the pool and the log of a failing round there.",
+    help="Keep a failing round's pool, log and operations (a pickle) there.",
 )
 def main(medium: str, rounds: int, seed: int, keep: Path | None) -> None:
     """Kill a mount's server under eight writers, and see whether anything is lost."""

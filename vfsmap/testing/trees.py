@@ -88,14 +88,15 @@ class Record(NamedTuple):
             by_fsync: whether operations that were not followed by fsync may be lost.
         """
         first = 0 if by_fsync else self.finished
-        reasons = []
+        reasons: dict[str, list[int]] = {}
         for number in reversed(range(first, len(self.trees))):
             reason = self._mismatch(found, number)
             if reason is None:
                 return None
-            done = self.steps[number - 1][0] if number else "the last that is durable"
-            reasons.append(f"after {number} operations ({done}): {reason}")
-        return "; ".join([*reasons[:2], *reasons[2:][-2:]])
+            reasons.setdefault(reason, []).append(number)
+        done = ", ".join(f"{n}: {name}" for n, (name, _) in enumerate(self.steps, 1))
+        wrong = "; ".join(f"after {numbers}: {reason}" for reason, numbers in reasons.items())
+        return f"{wrong}; the operations were {done}"
 
     def _mismatch(self, found: Tree, number: int) -> str | None:
         wanted = self.trees[number]
