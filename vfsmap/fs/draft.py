@@ -117,7 +117,10 @@ class Draft:
             runs = self.extents if tag == ExtentRecord.TAG else self.trees
             runs[oid] = Run(*EXTENT.unpack_from(rec, _AT))
         elif tag == InodeRecord.TAG:
-            self.inodes[oid] = Inode.decode(rec)
+            inode = Inode.decode(rec)
+            if inode.mode >> 16:
+                return "has an impossible mode"
+            self.inodes[oid] = inode
         elif tag == SealRecord.TAG:
             self.seals[oid] = _SEAL.unpack_from(rec, _AT)[0]
         elif not tag & USER_TAG:

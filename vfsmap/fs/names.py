@@ -18,7 +18,7 @@ from vfsmap.errors import (
 from vfsmap.fs.inode import ALIGN_MASK, ROOT, Inode
 from vfsmap.fs.state import BATCH_PIECES, SYMLINK, State
 from vfsmap.pool import Transaction
-from vfsmap.pool.layout import RECORD, DirentRecord, SymlinkRecord, record_packer
+from vfsmap.pool.layout import RECORD, DirentRecord, SymlinkRecord, record_packer, whole_record
 
 NAME_MAX: Final = 255
 TARGET_MAX: Final = 4095
@@ -115,7 +115,8 @@ class Names(State):
             self.get(ino)
             raise Invalid(f"inode {ino} is not a symbolic link")
         rec = self.pool.objects[oid]
-        _, length = SYMLINK.unpack_from(rec, RECORD.size)
+        with whole_record(f"link {ino}"):
+            _, length = SYMLINK.unpack_from(rec, RECORD.size)
         at = RECORD.size + SYMLINK.size
         return rec[at : at + length]
 

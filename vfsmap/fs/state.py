@@ -37,6 +37,7 @@ from vfsmap.pool.layout import (
     TreeExtentRecord,
     XattrRecord,
     packer,
+    whole_record,
 )
 from vfsmap.units import Extent
 
@@ -136,7 +137,8 @@ class State:
         """Set by whoever pins: unpins, right now, what is pinned for nobody any more."""
         self.inode_count = 0
         self._orphans: list[int] = []
-        self._index()
+        with whole_record("a name or an attribute"):
+            self._index()
 
     def _index(self) -> None:
         no_links = bytes(4)
@@ -194,7 +196,8 @@ class State:
             rec = self.pool.objects.get(ino)
             if rec is None or rec[4] != InodeRecord.TAG or rec[7]:
                 raise NotFound(f"there is no inode {ino}")
-            inode = Inode.decode(rec)
+            with whole_record(f"inode {ino}"):
+                inode = Inode.decode(rec)
             if ino in self._maps or ino in self._extents:
                 inode.blocks = self.map_of(ino).allocated >> 9
             self.remember(inode)
@@ -284,9 +287,10 @@ class State:
     def _pieces(self, ino: int) -> list[Piece]:
         objects = self.pool.objects
         pieces = []
-        for oid in self._extents_of(ino):
-            _, offset, start, length = EXTENT.unpack_from(objects[oid], _PAYLOAD)
-            pieces.append(Piece(offset, start, length, oid))
+        with whole_record(f"an extent of inode {ino}"):
+            for oid in self._extents_of(ino):
+                _, offset, start, length = EXTENT.unpack_from(objects[oid], _PAYLOAD)
+                pieces.append(Piece(offset, start, length, oid))
         pieces.sort()
         return pieces
 

@@ -16,9 +16,12 @@ the records of a half in order gives all objects.
 
 import ctypes
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any, ClassVar, Final
 
+from vfsmap.errors import PoolDamaged
 from vfsmap.units import KIB
 
 BLOCK: Final = 4 * KIB
@@ -205,6 +208,19 @@ def record_packer(layout: type[Structure], *, padded: bool = True) -> struct.Str
 BATCH: Final = packer(BatchHeader)
 RECORD: Final = packer(RecordHeader)
 EXTENT: Final = packer(ExtentRecord)
+
+
+@contextmanager
+def whole_record(what: str) -> Iterator[None]:
+    """Unpack a record inside.
+
+    Raises:
+        PoolDamaged: it is shorter than its fields.
+    """
+    try:
+        yield
+    except struct.error as exc:
+        raise PoolDamaged(f"the record of {what} is too short; run: vfsmap check") from exc
 
 
 def record(oid: int, tag: int, payload: bytes) -> bytes:

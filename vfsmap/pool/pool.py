@@ -23,6 +23,7 @@ from vfsmap.pool.layout import (
     VERSION,
     ExtentRecord,
     Superblock,
+    whole_record,
 )
 from vfsmap.pool.log import LogHalf, Place
 from vfsmap.pool.space import Run, Space
@@ -279,7 +280,8 @@ class Pool:
         """
         rec = self.objects.get(oid)
         if rec is not None and RECORD.unpack_from(rec)[1] == ExtentRecord.TAG:
-            owner, offset, start, length = EXTENT.unpack_from(rec, RECORD.size)
+            with whole_record(f"arena {oid}"):
+                owner, offset, start, length = EXTENT.unpack_from(rec, RECORD.size)
             if owner == 0:
                 return Extent(offset, start, length)
         raise NotFound(f"there is no arena {oid}")
