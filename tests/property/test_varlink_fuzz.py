@@ -5,33 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vfsmap.daemon import calls
 from vfsmap.daemon.varlink import (
-    Call,
     Framer,
     Message,
     RawReply,
-    VarlinkError,
     decode,
-    decode_parameters,
-    encode,
     error_of,
-    error_reply,
 )
 from vfsmap.errors import ProtocolError, VfsmapError
+from vfsmap.testing.fuzz import survive_message
 
 CORPUS = sorted((Path(__file__).parents[1] / "data" / "varlink").glob("*.bin"))
-KINDS = [
-    kind
-    for kind in vars(calls).values()
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-]
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
@@ -105,14 +93,14 @@ def test_who_sends_descriptors_with_a_message_of_its_own_gets_them_there(
 @example(b'{"method":"a.b","parameters":{"x":1e999}}')
 @example(b'{"method":"a.b","parameters":null,"more":null}')
 def test_any_bytes_are_a_call_or_a_protocol_error(raw: bytes) -> None:
-    survive(raw)
+    survive_message(raw)
 
 
 @given(JSON, JSON)
 def test_any_json_is_a_call_or_a_protocol_error(method: Any, parameters: Any) -> None:
-    survive(json.dumps({"method": method, "parameters": parameters}).encode())
-    survive(json.dumps({"method": "a.B", "parameters": parameters}).encode())
-    survive(json.dumps(parameters).encode())
+    survive_message(json.dumps({"method": method, "parameters": parameters}).encode())
+    survive_message(json.dumps({"method": "a.B", "parameters": parameters}).encode())
+    survive_message(json.dumps(parameters).encode())
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
@@ -123,22 +111,7 @@ def test_what_once_was_trouble_is_none_now(path: Path) -> None:
     except ProtocolError:
         framer.abandon()
     for message in whole(framer):
-        survive(message.raw)
-
-
-def survive(raw: bytes) -> None:
-    try:
-        call = decode(raw, Call)
-    except ProtocolError:
-        return
-    for kind in KINDS:
-        try:
-            decoded = decode_parameters(call.parameters, kind)
-        except VarlinkError as exc:
-            encode(error_reply(exc))  # what is wrong can be told
-            continue
-        for value in msgspec.structs.asdict(decoded).values():
-            assert value is None or isinstance(value, int | str)
+        survive_message(message.raw)
 
 
 @given(st.text(max_size=60), st.dictionaries(st.text(max_size=10), JSON, max_size=4))
