@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.progress import Progress, TaskID
 
+from vfsmap.daemon.client import mounter_of
 from vfsmap.errors import Exists, Invalid, NotFound
 from vfsmap.units import Level, format_size
 from vfsmap_tools.console import LEVEL, errors_exit, progress
@@ -41,6 +42,8 @@ def cp(
         if not os.path.lexists(source):
             raise NotFound(f"{source} does not exist")
     inside = destination.is_dir()
+    if seal or align is not None:
+        require_on_pool(destination if inside else destination.parent)
     if len(sources) > 1 and not inside:
         raise Invalid(f"{destination} must be a directory to take {len(sources)} sources")
     pairs = [(s, destination / s.name if inside else destination) for s in sources]
@@ -51,6 +54,20 @@ def cp(
             copier.copy(source, target)
 
 
+def require_on_pool(path: Path) -> None:
+    """Do nothing when a file or directory is on a mounted pool.
+
+    Elsewhere the attributes that seal and align would be stored, and mean nothing.
+
+    Raises:
+        Invalid: it is not.
+        OSError: it is not there, or can't be asked.
+    """
+    device = path.stat().st_dev
+    if mounter_of(device) is None:
+        raise Invalid(f"{path} is not on a mounted pool; only files there can be sealed or aligned")
+
+
 def _sizes(source: Path) -> Iterator[int]:
     status = source.lstat()
     if stat.S_ISREG(status.st_mode):
@@ -58,6 +75,14 @@ def _sizes(source: Path) -> Iterator[int]:
     elif stat.S_ISDIR(status.st_mode):
         for entry in source.iterdir():
             yield from _sizes(entry)
+
+
+def _require_other(source: Path, status: os.stat_result, target: Path) -> None:
+    """Do nothing when a copy does not go onto, or into, what it is made of."""
+    if os.path.lexists(target) and os.path.samestat(status, target.lstat()):
+        raise Invalid(f"{source} and {target} are the same file")
+    if stat.S_ISDIR(status.st_mode) and source.resolve() in target.resolve().parents:
+        raise Invalid(f"{target} is inside {source}; copy it to another place")
 
 
 class Copier:
@@ -79,10 +104,12 @@ class Copier:
 
         Raises:
             Exists: a file of another kind has the target's name.
+            Invalid: it would be copied onto, or into, itself.
             OSError: as the file systems say.
         """
         status = source.lstat()
         mode = status.st_mode
+        _require_other(source, status, target)
         first = self._linked.get((status.st_dev, status.st_ino))
         if first is not None:
             target.unlink(missing_ok=True)
@@ -92,16 +119,24 @@ class Copier:
             target.mkdir(exist_ok=True)
             for entry in sorted(source.iterdir()):
                 self.copy(entry, target / entry.name)
-        else:
-            if target.is_dir() and not target.is_symlink():
-                raise Exists(f"{target} is a directory")
-            target.unlink(missing_ok=True)
-            self._copy_leaf(source, target, status)
-            if status.st_nlink > 1:
-                self._linked[status.st_dev, status.st_ino] = target
-        self._copy_attributes(source, target, status)
-        if self._seal and stat.S_ISREG(mode):
-            os.setxattr(target, SEAL_XATTR, b"1")
+            self._copy_attributes(source, target, status)
+            return
+        if target.is_dir() and not target.is_symlink():
+            raise Exists(f"{target} is a directory")
+        beside = target.with_name(f".vfsmap-cp-{os.getpid()}")
+        try:
+            self._copy_leaf(source, beside, status)
+            self._copy_attributes(source, beside, status)
+            if self._seal and stat.S_ISREG(mode):
+                os.setxattr(beside, SEAL_XATTR, b"1")
+            beside.rename(target)  # what was there is there until now
+        except BaseException as exc:
+            beside.unlink(missing_ok=True)
+            if isinstance(exc, OSError) and str(exc.filename) != str(source):
+                exc.filename = str(target)
+            raise
+        if status.st_nlink > 1:
+            self._linked[status.st_dev, status.st_ino] = target
 
     def _copy_leaf(self, source: Path, target: Path, status: os.stat_result) -> None:
         mode = status.st_mode

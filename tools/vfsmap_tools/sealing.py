@@ -8,12 +8,12 @@ import click
 
 import vfsmap
 from vfsmap.daemon.client import connect, medium_of
-from vfsmap.errors import Damaged, Invalid
+from vfsmap.errors import Damaged, Exists, Invalid
 from vfsmap.mapping.window import Window
 from vfsmap.units import KIB, MIB, Extent
 from vfsmap.verity import ALGORITHMS, Descriptor, Parameters, Verifier, blocks
 from vfsmap_tools.console import SIZE, errors_exit, json_option, print_facts, progress
-from vfsmap_tools.copying import SEAL_XATTR
+from vfsmap_tools.copying import SEAL_XATTR, require_on_pool
 
 PATH = click.Path(path_type=Path)
 _SLICE = 8 * MIB
@@ -35,7 +35,13 @@ def seal(files: tuple[Path, ...], hash_alg: str, block_size: int, salt: str) -> 
     """
     wanted = Parameters.decode(f"hash={hash_alg} block={block_size} salt={salt}")
     for file in files:
-        os.setxattr(file, SEAL_XATTR, wanted.encode().encode())
+        require_on_pool(file)
+        if file.is_dir():
+            raise Invalid(f"{file} is a directory; name files to seal")
+        try:
+            os.setxattr(file, SEAL_XATTR, wanted.encode().encode())
+        except FileExistsError as exc:
+            raise Exists(f"{file} is sealed already; check it with: vfsmap verify {file}") from exc
         print(f"{os.getxattr(file, SEAL_XATTR).decode()} {file}")
 
 
