@@ -116,7 +116,7 @@ def test_a_directory_and_a_device_hold_no_pool(tmp_path: Path) -> None:
     for path in (tmp_path, Path("/dev/null")):
         fd = os.open(path, os.O_RDONLY)
         try:
-            with pytest.raises(Unsupported, match="must be a regular file or a DAX device"):
+            with pytest.raises(Unsupported, match="a pool is a regular file or a DAX device"):
                 detect(fd)
         finally:
             os.close(fd)

@@ -128,7 +128,7 @@ def test_what_can_not_hold_a_pool_is_refused_with_the_reason(directory: Path) ->
             Pmem.open(directory / "fifo", writable=writable)
         with pytest.raises((Unsupported, Invalid)):
             Pmem.open(directory, writable=writable)
-        with pytest.raises(Unsupported, match="not another device"):
+        with pytest.raises(Unsupported, match="is another device"):
             Pmem.open("/dev/null", writable=writable)
 
 

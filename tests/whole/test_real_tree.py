@@ -12,10 +12,9 @@ import pytest
 
 from vfsmap.testing.commands import Server, served_pool
 from vfsmap.testing.media import tmpfs
-from vfsmap.units import MIB
+from vfsmap.units import GIB, MIB
 
 FILES: Final = 20_000
-MOST: Final = 600 * MIB
 NODES: Final = ("fifo", "zero", "disk", "socket")
 pytestmark = pytest.mark.slow
 
@@ -27,7 +26,7 @@ def real_directories() -> list[Path]:
     for path in sorted((*Path("/usr/share").iterdir(), *Path("/usr/lib").iterdir())):
         found = [entry.lstat() for entry in (path, *path.rglob("*"))]
         another = all(path.name != other.name for other in chosen)
-        if another and sum(entry.st_size for entry in found) + size < MOST:
+        if another and sum(entry.st_size for entry in found) + size < GIB:
             chosen.append(path)
             files += len(found)
             size += sum(entry.st_size for entry in found)
@@ -140,7 +139,7 @@ def test_a_real_tree_is_the_same_after_copying_unmounting_and_a_kill(
     sources = [*real_directories(), make_special(tmp_path / "special")]
     wanted = described(sources)
     assert len(wanted) > FILES
-    with tmpfs(size="2500M") as medium, served_pool(medium, "2G", *options) as server:
+    with tmpfs(size="3G") as medium, served_pool(medium, "2500M", *options) as server:
         copy = server.directory / "copy"
         copy.mkdir()
         run("cp", "-a", *sources, copy)

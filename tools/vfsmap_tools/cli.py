@@ -67,6 +67,25 @@ class Lazy(click.Group):
         """Parse what was typed, or what mount(8) has called us with."""
         return super().parse_args(ctx, as_command(sys.argv[0], args))
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run what was typed; say in one line what was wrong with it."""
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(*args, **extra)
+        except click.exceptions.NoArgsIsHelpError as exc:
+            exc.show()
+            code = exc.exit_code
+        except click.ClickException as exc:
+            from vfsmap_tools.console import complain  # here, not above: --version needs it not
+
+            context = getattr(exc, "ctx", None)
+            see = f"; see: {context.command_path} --help" if context else ""
+            complain(exc.format_message().rstrip(".") + see)
+            code = exc.exit_code
+        except click.Abort:
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command."""
         home = _COMMANDS.get(cmd_name) or _HELPERS.get(cmd_name)

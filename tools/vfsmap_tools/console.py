@@ -1,6 +1,7 @@
 """How commands speak: sizes as arguments, tables or JSON as output, errors as one line."""
 
 import contextlib
+import errno
 import functools
 import json
 import signal
@@ -60,6 +61,15 @@ class LevelType(click.ParamType[Level]):
 
 
 _WIDEST = 1000  # columns of a table
+_HINTS = {
+    errno.ENOSPC: "make room there; a pool is made larger by vfsmap resize",
+    errno.EROFS: "it is mounted read-only, or vfsmap check tells why the pool can't be written",
+    errno.ENOTCONN: "the mount's server has gone; mount again",
+    errno.EACCES: "ask its owner, or root",
+    errno.EPERM: "it is sealed, or only its owner and root may",
+}
+"""What can be done about what a file system says."""
+
 SIZE = SizeType()
 LEVEL = LevelType()
 
@@ -90,7 +100,8 @@ def errors_exit(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(1)
         except OSError as exc:
             where = f"{exc.filename}: " if exc.filename else ""
-            complain(f"{where}{exc.strerror or exc}")
+            hint = f"; {_HINTS[exc.errno]}" if exc.errno in _HINTS else ""
+            complain(f"{where}{exc.strerror or exc}{hint}")
             sys.exit(1)
 
     return wrapped

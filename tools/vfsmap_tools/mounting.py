@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from vfsmap.errors import Busy, Invalid, NotFound, VfsmapError
+from vfsmap.errors import Busy, Invalid, NotADirectory, NotFound, VfsmapError
 from vfsmap_tools.console import complain, errors_exit
 from vfsmap_tools.logs import is_journal, log_to
 from vfsmap_tools.mounts import find_mount, mounted_pools
@@ -161,7 +161,7 @@ def unmount_and_wait(directory: Path, *, force: bool = False, lazy: bool = False
     """
     mounted = find_mount(directory)
     if mounted is None:
-        raise Invalid(f"no pool is mounted on {directory}")
+        raise Invalid(f"no pool is mounted on {directory}; see: findmnt -t fuse.vfsmap")
     unmount(directory, force=force, lazy=lazy)
     if not lazy and mounted.writable:  # who only reads holds nothing that others wait for
         with suppress(FileNotFoundError, PermissionError):
@@ -211,8 +211,10 @@ def _require_mountable(pool: Path, directory: Path) -> None:
         raise Busy(
             f"a pool is mounted on {directory} already; unmount it: vfsmap umount {directory}"
         )
+    if not directory.exists():
+        raise NotFound(f"{directory} does not exist; make it with: mkdir {directory}")
     if not directory.is_dir():
-        raise NotFound(f"{directory} is not a directory; make it with: mkdir {directory}")
+        raise NotADirectory(f"{directory} is not a directory; a pool is mounted on one")
 
 
 def _let_end(pool: Path) -> None:
@@ -281,7 +283,6 @@ def _serve(
     from vfsmap_tools.manager import notify, take_socket
     from vfsmap_tools.server import ServerOptions, run_server
 
-    log_to(server["log"], verbose=server["verbose"], background=ready_fd is not None)
     told = False
 
     def tell(line: str) -> None:
@@ -296,6 +297,7 @@ def _serve(
         notify("READY=1", f"STATUS={pool} on {directory}" if directory else f"STATUS={pool}")
 
     try:
+        log_to(server["log"], verbose=server["verbose"], background=ready_fd is not None)
         chosen = ServerOptions(
             socket=server["socket"],
             listener=take_socket(),
@@ -311,6 +313,9 @@ def _serve(
             run_server(pool, directory, chosen, ready=tell_ready)
     except VfsmapError as exc:
         tell(json.dumps({"error": str(exc), "exit_code": exc.exit_code}))
+        raise
+    except OSError as exc:
+        tell(json.dumps({"error": f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)}))
         raise
     except BaseException as exc:
         tell(json.dumps({"error": f"{type(exc).__name__}: {exc}"}))

@@ -236,4 +236,5 @@ def _refused(exc: OSError, path: str) -> VfsmapError:
         errno.EIO: MediumError,
     }
     kind = kinds.get(exc.errno or 0, Invalid)
-    return kind(f"{path}: {exc.strerror}")
+    hint = "; it is sealed, or not yours to open so" if exc.errno == errno.EPERM else ""
+    return kind(f"{path}: {exc.strerror}{hint}")

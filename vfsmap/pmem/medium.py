@@ -78,9 +78,9 @@ def detect(fd: int) -> Medium:
     """
     status = os.fstat(fd)
     if stat.S_ISCHR(status.st_mode):
-        return _device_dax(status)
+        return _device_dax(fd, status)
     if not stat.S_ISREG(status.st_mode):
-        raise Unsupported("a pool must be a regular file or a DAX device")
+        raise _unsuitable(fd, _kind(status))
     kind, options = _mount_of(status.st_dev)
     if kind == "hugetlbfs":
         kept = parse_size(_option(options, "min_size") or 0)
@@ -90,6 +90,16 @@ def detect(fd: int) -> Medium:
     if _maps_synchronously(fd, status.st_size):
         return Medium("dax", Commit.FLUSH, 4 * KIB)
     return Medium("page cache", Commit.SYNC, 4 * KIB)
+
+
+def _unsuitable(fd: int, kind: str) -> Unsupported:
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    return Unsupported(f"{path} is {kind}; a pool is a regular file or a DAX device")
+
+
+def _kind(status: os.stat_result) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFBLK: "a block device", stat.S_IFIFO: "a FIFO"}
+    return kinds.get(stat.S_IFMT(status.st_mode), "a socket")
 
 
 def size_of(fd: int) -> int:
@@ -104,10 +114,10 @@ def _char_device(status: os.stat_result) -> Path:
     return _SYS_CHAR / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 
-def _device_dax(status: os.stat_result) -> Medium:
+def _device_dax(fd: int, status: os.stat_result) -> Medium:
     device = _char_device(status)
     if not (device / "subsystem").resolve().name == "dax":
-        raise Unsupported("a pool must be a regular file or a DAX device, not another device")
+        raise _unsuitable(fd, "another device")
     align = device / "align"
     page_size = int(align.read_text()) if align.exists() else 2 * MIB
     return Medium("device-dax", Commit.FLUSH, page_size)

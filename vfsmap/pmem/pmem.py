@@ -37,6 +37,7 @@ _PAGE = 4 * KIB
 _LOCKS = Path("/proc/locks")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 _ZEROS = bytes(2 * MIB)
+_EMPTY = "{0} is empty, and no pool; make one with: vfsmap format {0} --size 8G --force"
 
 
 class Flusher(Protocol):
@@ -115,7 +116,7 @@ class Pmem:
             _require_promise(medium, promise, path)
             if medium.name == "hugetlbfs" and os.fstat(fd).st_blocks == 0:
                 # reading a page that is not there would take one, or raise SIGBUS
-                raise Invalid(f"{path} is empty")
+                raise Invalid(_EMPTY.format(path))
             if writable:
                 _lock(fd, path)
             return cls(fd, path, writable=writable, medium=medium)
@@ -179,7 +180,7 @@ class Pmem:
         elif self.medium.name == "hugetlbfs":
             flags |= libc.MAP_NORESERVE  # fallocate does that, for what is in use
         if self.size == 0:
-            raise Invalid(f"{self.path} is empty")
+            raise Invalid(_EMPTY.format(self.path))
         try:
             return mmap.mmap(self.fd, self.size, flags, protection)
         except OSError as exc:
@@ -437,7 +438,19 @@ def _open(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags, 0o600)
     except OSError as exc:
-        raise _translated(exc, f"can't open {path}") from exc
+        error = _translated(exc, f"can't open {path}")
+        raise type(error)(f"{error}; {_cure(exc, path, flags)}") from exc
+
+
+def _cure(exc: OSError, path: Path, flags: int) -> str:
+    """Return what can be done about a file that can't be opened."""
+    if exc.errno == errno.ENOENT:
+        if flags & os.O_CREAT:
+            return f"make the directory first: mkdir -p {path.parent}"
+        return f"make a pool with: vfsmap format {path} --size 8G"
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return "a pool is for its owner and root alone"
+    return "a pool is a regular file or a DAX device"
 
 
 def _set_size(fd: int, path: Path, size: int, old: int = 0) -> None:

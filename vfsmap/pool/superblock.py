@@ -72,8 +72,13 @@ def load(view: memoryview, pool_bytes: int | None = None) -> tuple[Superblock, l
 
 def _unusable(view: memoryview, complaints: list[str]) -> NotAPool | PoolDamaged:
     if not any(bytes(view[at : at + 8]) == MAGIC for at in SUPERBLOCKS):
-        return NotAPool("not a vfsmap pool; make one with: vfsmap format")
-    return PoolDamaged(f"no usable superblock: {'; '.join(complaints)}")
+        return NotAPool("not a vfsmap pool; make one with: vfsmap format NEW-FILE --size 8G")
+    reasons = {complaint.partition(": ")[2]: complaint for complaint in complaints}
+    if len(reasons) == 1:  # say once what is wrong with both
+        complaints = list(reasons)
+    return PoolDamaged(
+        f"no usable superblock: {'; '.join(complaints)}; restore the pool from a whole copy"
+    )
 
 
 def write(pmem: Pmem, superblock: Superblock) -> None:
