@@ -57,3 +57,17 @@ def test_record_of_a_full_zone_with_a_damaged_header_is_never_taken_for_free_roo
     with Region.over(buffer, GEOMETRY) as region:
         region.set_policy(overwrite=True)
     assert buffer[: 16 * KIB] == before
+
+
+def test_record_that_took_the_place_of_the_one_that_was_read_stays_unread(
+    buffer: bytearray,
+) -> None:
+    fill(buffer)
+    with Region.over(buffer, GEOMETRY) as region:
+        files = region.files()
+        region.erase("dmesg-ramoops-0")
+        assert region.put("Panic", b"a new one\n") == "dmesg-ramoops-0"
+        region.mark_read(*files)
+        assert region.unread() == {"dmesg-ramoops-0"}
+        region.mark_read(*region.files())
+        assert region.unread() == set()

@@ -384,7 +384,7 @@ def print_files(files: list[File], *, titled: bool) -> None:
 def mark_read(region: Region, files: list[File]) -> None:
     """Mark crash records as read, where the region can be written."""
     if region.writable:
-        region.mark_read(*(shown.name for shown in files if shown.kind == "dmesg"))
+        region.mark_read(*files)
 
 
 if __name__ == "__main__":

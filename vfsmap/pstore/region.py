@@ -19,7 +19,7 @@ from vfsmap.pstore.margin import Ledger, Session
 from vfsmap.pstore.reader import File, read_files, require_size
 from vfsmap.pstore.record import Compression, Reason
 from vfsmap.pstore.sessions import Slot, enter, find_dead, leave, this_session
-from vfsmap.pstore.shelf import Shelf
+from vfsmap.pstore.shelf import Entry, Shelf
 from vfsmap.pstore.zone import Zone
 
 _MOST_FAULT: Final = 16384  # bytes of a fatal signal's traceback that go into a record
@@ -174,17 +174,27 @@ class Region:
         with self.locked():
             return _record(self._shelf.put(reason, self._tail() + text, compression))
 
-    def mark_read(self, *names: str) -> None:
+    def mark_read(self, *shown: str | File) -> None:
         """Note that dmesg records were read: from now on new ones may take their place.
 
-        In a region that only kernels have written, nothing is noted.
+        A name says it of whatever record is there, a file of the one that it shows: if another
+        has taken its place meanwhile, that one stays unread.  In a region that only kernels have
+        written, nothing is noted.
 
         Crash: noted or not.
         """
-        records = {name.removesuffix(".enc.z") for name in names}
+        names = {one for one in shown if isinstance(one, str)}
+        files = {(one.name, one.time_ns) for one in shown if isinstance(one, File)}
+
+        def seen(entry: Entry) -> bool:
+            plain = _record(entry.number)
+            return any(
+                name in names or (name, entry.header.time_ns) in files
+                for name in (plain, f"{plain}.enc.z")
+            )
+
         with self.locked():
-            every = range(self.geometry.records)
-            self._shelf.mark_read({number for number in every if _record(number) in records})
+            self._shelf.mark_read(seen)
 
     def set_policy(self, *, overwrite: bool) -> None:
         """Say whether the oldest unread record makes room for a new one.
@@ -202,8 +212,8 @@ class Region:
 
         Crash: there or not; of the ftrace file, the part of some CPUs.
         """
-        file = self.file(name)
         with self.locked():
+            file = self.file(name)
             for zone in self.zones:
                 kind, number, *_ = zone.place
                 if kind == file.kind and (kind == "ftrace" or number == file.number):

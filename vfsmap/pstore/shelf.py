@@ -7,7 +7,7 @@ All of it happens under the region's lock.
 
 import time
 import zlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from vfsmap.errors import Damaged, Invalid, NoSpace, NotFound
@@ -115,8 +115,8 @@ class Shelf:
         self._persist()
         return number
 
-    def mark_read(self, numbers: Container[int]) -> None:
-        """Note that the records in these zones were read, so that new ones may take their place.
+    def mark_read(self, seen: Callable[[Entry], bool]) -> None:
+        """Note that the records that were seen are read, so that new ones may take their place.
 
         Nothing is noted of a record that fills its zone (a kernel's; ours leave the margin free),
         and nothing at all in a region without a ledger: there only kernels have written, and a
@@ -125,7 +125,7 @@ class Shelf:
         Crash: noted or not.
         """
         ledger = self._find_ledger()
-        read = [e for e in self.entries() if e.number in numbers and not e.read]
+        read = [e for e in self.entries() if not e.read and seen(e)]
         if ledger and read:
             self._store(renew(ledger), {entry.number: entry.mark for entry in read})
 
