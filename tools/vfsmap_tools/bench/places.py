@@ -13,7 +13,8 @@ import click
 
 from vfsmap.units import Level, format_size
 
-_PATIENCE: Final = 30
+_PATIENCE: Final = 300
+"""Seconds; fuse2fs takes its time to write back what it has."""
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
 
 
