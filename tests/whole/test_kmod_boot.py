@@ -47,14 +47,15 @@ NEEDED = {
         ("61", "EPYC-v3", ""),  # untrained returns
         ("612", "Skylake-Server-v4", "retbleed=stuff"),  # calls are counted
         ("612", "Cascadelake-Server-v5", "indirect_target_selection=force"),
+        ("612", "max", "kaslr"),  # an option that no kernel knows
     ],
-    ids=["61-zen", "612-stuff", "612-its"],
+    ids=["61-zen", "612-stuff", "612-its", "612-kaslr"],
 )
 def test_text_of_a_kernel_and_its_modules_is_as_foretold(key: str, cpu: str, options: str) -> None:
     names = [name for name in NEEDED[key] if name in modules(key)]
     files = [Module.open(modules(key)[name]) for name in names]
     kernel = Kernel.open(vmlinuz(key))
-    with booted(key, names, cpu=cpu, options=options) as guest:
+    with booted(key, names, cpu=cpu, options=options, kaslr=options == "kaslr") as guest:
         where = Host(describe(guest, kernel, files))
         bound = [bind(module, where) for module in files]
         for found in bound:

@@ -101,11 +101,28 @@ def test_relocation_words_lie_in_text_as_counted() -> None:
     assert inside[0] < 100 < inside[1] < inside[2]
 
 
-def test_a_host_with_its_kernel_elsewhere_is_refused() -> None:
+@pytest.mark.parametrize("start", [0xFFFFFFFF9B001000, 0xFFFFFFFF80000000, 0xFFFFFFFFC1000000])
+def test_a_host_with_its_kernel_where_none_can_be_is_refused(start: int) -> None:
     where = host("61max")
-    where.text = range(0xFFFFFFFF9B000000, 0xFFFFFFFF9C000000)
-    with pytest.raises(Invalid, match="nokaslr"):
+    where.text = range(start, start + 0x1000000)
+    with pytest.raises(Invalid, match="units of 2 MiB, up to 1 GiB"):
         bind_kernel(kernel("61"), where)
+
+
+def test_moving_a_kernel_changes_what_its_relocation_words_name_and_no_more() -> None:
+    moved = kernel("61").moved_to(0xFFFFFFFF9B000000)
+    before, after = kernel("61").image(), moved.image()
+    old = before.memory.read(before.text.start, len(before.text))
+    new = bytearray(after.memory.read(after.text.start, len(after.text)))
+    inside = [site for site in moved.moves() if site.address in after.text]
+    assert len(inside) > 50000
+    for address, length in inside:
+        at = address - after.text.start
+        assert new[at : at + length] != old[at : at + length]
+        new[at : at + length] = old[at : at + length]
+    assert new == old
+    assert moved.symbols["_text"] == after.text.start
+    assert moved.symbols["cpu_number"] == kernel("61").symbols["cpu_number"]
 
 
 def test_a_cut_boot_image_is_refused_and_named() -> None:

@@ -4,8 +4,9 @@ Source: Documentation/arch/x86/boot.rst (the header), arch/x86/tools/relocs.c (t
 the ELF file), include/asm-generic/vmlinux.lds.h.
 """
 
+import copy
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple, Self
@@ -32,9 +33,9 @@ from vfsmap.kmod.image import (
 from vfsmap.kmod.keys import is_trampoline
 from vfsmap.kmod.memory import Memory, Region
 from vfsmap.kmod.symbols import read_symbols
-from vfsmap.kmod.tables import constants, offsets
+from vfsmap.kmod.tables import Site, constants, offsets
 from vfsmap.kmod.usual import usual_states
-from vfsmap.units import GIB
+from vfsmap.units import GIB, PMD
 
 _BOOT_MAGIC: Final = b"HdrS"
 _SECTORS, _MAGIC_AT, _VERSION_AT, _PAYLOAD_AT = 0x1F1, 0x202, 0x206, 0x248
@@ -43,6 +44,7 @@ _SECTOR: Final = 512
 _LOAD: Final = 1
 _WORD: Final = struct.Struct("<i")
 _HIGH: Final = 0xFFFF_FFFF_0000_0000
+_HALF: Final = 1 << 63  # from here on addresses are the kernel's
 
 MERGED: Final = {
     JUMPS: ("__start___jump_table", "__stop___jump_table"),
@@ -79,6 +81,8 @@ class Kernel:
             raise Damaged(f"{file_name} is an ELF file of type {self.elf.kind}, not a kernel")
         self.raw = raw
         self.text = self.elf.require(".text")
+        self.moved = 0
+        """Bytes that it was moved by from where it was linked (KASLR)."""
         if sum(s.size for s in self.elf.segments if s.kind == _LOAD) > GIB:
             raise Damaged(f"{file_name} would take more memory than a kernel can have")
 
@@ -86,6 +90,27 @@ class Kernel:
     def open(cls, path: Path) -> Self:
         """Read a boot image (vmlinuz) or an ELF file (vmlinux)."""
         return cls(path.read_bytes(), path.name)
+
+    def moved_to(self, start: int) -> Self:
+        """Return the same kernel with its text at ``start``, as KASLR would move it.
+
+        Raises:
+            Invalid: KASLR never moves a kernel there.
+        """
+        moved = start - self.text.address
+        if moved % PMD.size or not 0 <= moved < GIB:
+            raise Invalid(
+                f"the host has its kernel at {start:#x}; {self.elf.name} was linked for "
+                f"{self.text.address:#x} and can be moved from there by units of 2 MiB, up to 1 GiB"
+            )
+        found = copy.copy(self)
+        found.moved = moved
+        found.__dict__.pop("symbols", None)
+        return found
+
+    def _address(self, linked: int) -> int:
+        """Return where something is that was linked for an address; what CPUs have each stays."""
+        return linked + self.moved if linked >= _HALF else linked
 
     @property
     def release(self) -> str:
@@ -104,9 +129,16 @@ class Kernel:
         return content[at + 4 : at + 4 + size].hex()
 
     @cached_property
-    def symbols(self) -> dict[str, int]:
-        """The kernel's own table of symbols, at the addresses it was linked for."""
+    def _linked_symbols(self) -> dict[str, int]:
         return read_symbols(self.raw)
+
+    @cached_property
+    def symbols(self) -> dict[str, int]:
+        """The kernel's own table of symbols."""
+        found = self._linked_symbols
+        if self.moved:
+            return {name: self._address(value) for name, value in found.items()}
+        return found
 
     @property
     def dialect(self) -> Dialect:
@@ -137,7 +169,7 @@ class Kernel:
         return Words([], [], [])
 
     def image(self) -> Image:
-        """Return the kernel in memory, unpatched, where it was linked.
+        """Return the kernel in memory, unpatched.
 
         Raises:
             NotFound: it has no table of symbols, and so nothing tells where its tables are.
@@ -148,25 +180,49 @@ class Kernel:
                 data = bytearray(segment.size)
                 content = self.elf.data[segment.offset : segment.offset + segment.file_size]
                 data[: len(content)] = content[: segment.size]
-                memory.add(Region(f"segment {number}", segment.address, data))
-        span = range(self.text.address, self.text.address + self.text.size)
-        image = Image(memory, self.dialect, span, is_kernel=True)
+                memory.add(Region(f"segment {number}", self._address(segment.address), data))
+        text = self._address(self.text.address)
+        image = Image(memory, self.dialect, range(text, text + self.text.size), is_kernel=True)
         for section in self.elf.sections:
+            table = Span(self._address(section.address), section.size)
             if section.name in TABLES and section.is_loaded:
-                image.tables[section.name] = Span(section.address, section.size)
+                image.tables[section.name] = table
             elif section.name.startswith(_CONSTANT):
-                image.runtime_constants[section.name] = Span(section.address, section.size)
+                image.runtime_constants[section.name] = table
         for name, (first, last) in MERGED.items():
             start, end = self.symbols.get(first), self.symbols.get(last)
             if start is None or end is None:
                 raise NotFound(f"{self.elf.name} has no symbols {first} and {last}")
             image.tables[name] = Span(start, max(0, end - start))
+        if self.moved:
+            self._move(memory)
         return image
+
+    def _move(self, memory: Memory) -> None:
+        """Change what names addresses, as the boot code does after it has chosen a place."""
+        for place, size, distance in self._moves():
+            if place in memory:  # first values of what each CPU has are copied elsewhere
+                raw = memory.read(place, size, "a relocation")
+                value = int.from_bytes(raw, "little") + distance
+                value &= (1 << 8 * size) - 1
+                memory.write(place, value.to_bytes(size, "little"), "a relocation")
+
+    def _moves(self) -> Iterator[tuple[int, int, int]]:
+        """Yield address, size and what is added, for each field that moving changes."""
+        words = self.words
+        fields = ((words.add_64, 8, 1), (words.subtract_32, 4, -1), (words.add_32, 4, 1))
+        for places, size, sign in fields:
+            for word in places:
+                yield self._address(word & 0xFFFF_FFFF | _HIGH), size, sign * self.moved
+
+    def moves(self) -> list[Site]:
+        """Return the places in memory that moving the kernel changes."""
+        return [Site(place, size) for place, size, _ in self._moves()]
 
     def section_of(self, address: int) -> Section | None:
         """Return the loaded section that holds an address."""
         for section in self.elf.sections:
-            if section.is_loaded and 0 <= address - section.address < section.size:
+            if section.is_loaded and 0 <= address - self._address(section.address) < section.size:
                 return section
         return None
 
@@ -219,14 +275,10 @@ def bind_kernel(
     """
     if kernel.release != host.release:
         raise Invalid(f"{kernel.elf.name} is kernel {kernel.release}, the host runs {host.release}")
-    if host.text.start != kernel.text.address:
-        raise Invalid(
-            f"the host has its kernel at {host.text.start:#x}, {kernel.elf.name} was linked for "
-            f"{kernel.text.address:#x}; only hosts that boot with nokaslr are known"
-        )
+    kernel = kernel.moved_to(host.text.start)
     host = host.with_symbols(kernel.symbols)
     if not host.document.static_key_enabled:
-        usual = usual_states(kernel.build_id, host)
+        usual = usual_states(kernel.build_id, host).moved(kernel.moved)
         host.keys = usual.keys | host.keys
         host.calls = usual.calls | host.calls
         host.constants = usual.constants | host.constants

@@ -147,7 +147,8 @@ class Store:
     def subject(self, variant: Variant) -> Subject:
         """Return what can be known of a variant, and bound to other hosts."""
         if variant.is_kernel:
-            return KernelSubject(Kernel(self._source(variant), variant.name))
+            kernel = Kernel(self._source(variant), variant.name)
+            return KernelSubject(kernel.moved_to(variant.text.start))
         host = self.host(variant)
         return ModuleSubject(
             self.module(variant),

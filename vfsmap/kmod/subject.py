@@ -123,8 +123,15 @@ class KernelSubject:
     def bind(self, host: Host) -> Rebound:
         """Bind it anew."""
         image, _ = bind_kernel(self._kernel, host)
-        text = image.memory.read(image.text.start, len(image.text))
-        return Rebound(image.text.start, text, kernel_write_set(self.image, self._names()), {})
+        start = image.text.start
+        text = image.memory.read(start, len(image.text))
+        planned = kernel_write_set(self.image, self._names())
+        if distance := start - self.image.text.start:
+            moves = [site for site in self._kernel.moves() if site.address in self.image.text]
+            planned = [
+                site._replace(address=site.address + distance) for site in (*planned, *moves)
+            ]
+        return Rebound(start, text, planned, {})
 
     def _names(self) -> list[tuple[int, int, str]]:
         return sorted((value, 0, name) for name, value in self._kernel.symbols.items())

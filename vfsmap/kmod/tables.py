@@ -105,8 +105,12 @@ def constants(image: Image, span: Span) -> list[int]:
 
 
 def addresses(image: Image, name: str) -> list[int]:
-    """Return the absolute addresses that a table holds."""
-    return [row[0] for _, row in _rows(image, name, _ADDRESS)]
+    """Return the absolute addresses that a table holds.
+
+    A kernel's may hold padding: zeros when it was linked, which move with it.
+    """
+    found = [row[0] for _, row in _rows(image, name, _ADDRESS)]
+    return [at for at in found if at in image.memory] if image.is_kernel else found
 
 
 def alternatives(image: Image) -> list[Alternative]:

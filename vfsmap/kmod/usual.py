@@ -33,6 +33,16 @@ class States(msgspec.Struct):
     calls: dict[int, int] = {}
     constants: dict[str, int] = {}
 
+    def moved(self, distance: int) -> "States":
+        """Return the states of a kernel that was moved; what its memory decides is then unknown."""
+        if not distance:
+            return self
+        return States(
+            {key + distance: state for key, state in self.keys.items()},
+            {key + distance: value and value + distance for key, value in self.calls.items()},
+            {name: v for name, v in self.constants.items() if name != "dentry_hashtable"},
+        )
+
 
 def usual_states(build_id: str, host: Host) -> States:
     """Return what a kernel is likely to have done to its keys on a host; nothing if unknown."""

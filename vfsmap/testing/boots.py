@@ -32,6 +32,8 @@ for file in */sections/.[!.]* */sections/[!.]*; do
 done
 echo '== kallsyms' >&3
 /bin/busybox cat /proc/kallsyms >&3
+echo '== iomem' >&3
+/bin/busybox cat /proc/iomem >&3
 echo '== cpuinfo' >&3
 /bin/busybox cat /proc/cpuinfo >&3
 echo '== vulnerabilities' >&3
@@ -56,6 +58,8 @@ class Guest(NamedTuple):
     symbols: dict[str, int]
     root: int
     levels: int
+    physical: int
+    """What is subtracted from an address of the kernel's image to have its place in RAM."""
 
     def read(self, address: int, size: int) -> bytes:
         """Return bytes at a virtual address."""
@@ -70,7 +74,7 @@ class Guest(NamedTuple):
 
     def _physical(self, address: int) -> int:
         if _KERNEL_MAP <= address < _KERNEL_END:
-            return address - _KERNEL_MAP
+            return address - self.physical
         table = self.root
         for level in range(self.levels - 1, -1, -1):
             shift = 12 + 9 * level
@@ -97,6 +101,7 @@ def booted(
     cpus: int = 2,
     memory: int = 1 << 29,
     timeout: int = 300,
+    kaslr: bool = False,
 ) -> Iterator[Guest]:
     """Boot the kernel ``61`` or ``612``, load modules in the order given, switch it off."""
     with tempfile.TemporaryDirectory(prefix="vfsmap-boot-") as place:
@@ -110,7 +115,7 @@ def booted(
             *("-machine", "q35,memory-backend=ram", "-m", str(memory >> 20), "-smp", str(cpus)),
             *("-object", f"memory-backend-file,id=ram,share=on,mem-path={ram},size={memory}"),
             *("-kernel", str(vmlinuz(key)), "-initrd", str(directory / "initramfs")),
-            *("-append", f"console=ttyS0,115200 nokaslr {options}"),
+            *("-append", f"console=ttyS0,115200 {'' if kaslr else 'nokaslr'} {options}"),
             *("-display", "none", "-no-reboot", "-monitor", "none", "-nodefaults"),
             *("-serial", f"file:{directory / 'console'}", "-serial", f"file:{serial}"),
         ]
@@ -127,8 +132,10 @@ def booted(
         with ram.open("rb") as stream:
             content = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
             levels = 5 if "la57" in " ".join(told["cpuinfo"]).split() else 4
-            top = symbols["init_top_pgt"] - _KERNEL_MAP
-            yield Guest(told, memoryview(content), symbols, top, levels)
+            code = next(line for line in told["iomem"] if "Kernel code" in line)
+            physical = symbols["_text"] - int(code.split("-")[0], 16)
+            top = symbols["init_top_pgt"] - physical
+            yield Guest(told, memoryview(content), symbols, top, levels, physical)
 
 
 def _sections(text: str) -> dict[str, list[str]]:

@@ -53,7 +53,8 @@ _PREFIXES: Final = ("__start_", "__stop_", "__x86_indirect_", "__SCK__", "__SCT_
 def describe(guest: Guest, kernel: Kernel, files: Iterable[Module]) -> Document:
     """Return everything that the guest's boot decided."""
     symbols = guest.symbols
-    text = range(kernel.text.address, kernel.text.address + kernel.text.size)
+    kernel = kernel.moved_to(symbols["_text"])
+    text = range(symbols["_text"], symbols["_text"] + kernel.text.size)
     capability = symbols["boot_cpu_data"] + _CAPABILITY[kernel.dialect.alternative_size]
     flags = next((line for line in guest.told["cpuinfo"] if line.startswith("flags")), "")
     words = list(struct.unpack("<24I", guest.read(capability, 96)))
