@@ -300,8 +300,7 @@ class Pmem:
         """
         if self.medium.can_punch:
             start, end = self._granules(offset, length)
-            self._fallocate(0, start, end - start)
-            self._unsynced = self.medium.commit is Commit.FLUSH
+            self._change_blocks(0, start, end - start)
 
     def punch(self, offset: int, length: int) -> bool:
         """Give a range back to the file system below; it reads as zeros then.
@@ -312,8 +311,8 @@ class Pmem:
         """
         if not self.medium.can_punch or (offset | length) % self.medium.page_size:
             return False
-        self._fallocate(libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE, offset, length)
-        self._unsynced = self.medium.commit is Commit.FLUSH
+        mode = libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE
+        self._change_blocks(mode, offset, length)
         return True
 
     def collapse(self, offset: int, length: int) -> None:
@@ -405,6 +404,10 @@ class Pmem:
     def _granules(self, offset: int, length: int) -> tuple[int, int]:
         page = self.medium.page_size
         return align_down(offset, page), min(align_up(offset + length, page), self.size)
+
+    def _change_blocks(self, mode: int, offset: int, length: int) -> None:
+        self._fallocate(mode, offset, length)
+        self._unsynced = self.medium.commit is Commit.FLUSH
 
     def _fallocate(self, mode: int, offset: int, length: int) -> None:
         try:

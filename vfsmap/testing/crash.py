@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -198,6 +199,7 @@ def main(seed: int, minutes: float, jobs: int, state: Path | None, replay: str |
     """Hunt for crashes that lose something."""
     if replay:
         sys.exit(_replay(replay))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers end as well
     before: dict[str, Any] = {}
     if state and state.exists():
         before = json.loads(state.read_text())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vfsmap.pmem import Commit, Medium
-from vfsmap.testing.power import WORD, Digest, PowerModel, Ranges, tear
+from vfsmap.testing.power import WORD, Digest, Piece, PowerModel, Ranges, pieces_of, tear
 from vfsmap.testing.recording import (
     Event,
     Fdatasync,
@@ -41,43 +41,41 @@ def crashes(
     """Yield what each crash leaves of a medium that held ``content``; what comes twice, once."""
     process, media = Digest(Memory(content)), Digest(Memory(content))
     model = PowerModel(media, size, medium.commit)
-    everything = Ranges([(0, len(content))])
     marks: frozenset[str] = frozenset()
     seen: set[tuple[int, int, frozenset[str]]] = set()
-
-    def new(digest: Digest, length: int) -> bool:
-        key = digest.value, length, marks
-        known = key in seen
-        seen.add(key)
-        return not known
-
     for number, event in enumerate([*events, Mark("end", 0)]):
-        if isinstance(event, Store | Punch | Mark):
-            for choice in ("k", "t1", "t2") if isinstance(event, Store) else ("k",):
-                with process.kept():
-                    if choice != "k" and isinstance(event, Store):
-                        process.write(tear(event, WORD, random.Random(choice)))
-                    if new(process, size):
-                        yield Left(f"@{number}:{choice}", process.memory, size, marks)
-        powered = medium.commit is not Commit.STORE
-        if powered and isinstance(event, Fence | Msync | Fdatasync | Mark):
-            parts = model.parts(everything)
-            for choice in model.choices(parts, samples, random.Random(number)):
-                pieces, length = model.state(parts, choice)
-                with media.kept():
-                    media.write(pieces)
-                    if new(media, length):
-                        yield Left(f"@{number}:{choice}", media.memory, length, marks)
+        states = [(process, choice, pieces, size) for choice, pieces in _deaths(event)]
+        if medium.commit is not Commit.STORE and isinstance(
+            event, Fence | Msync | Fdatasync | Mark
+        ):
+            states += [(media, *state) for state in _cuts(model, number, len(content), samples)]
+        for digest, choice, pieces, length in states:
+            with digest.kept():
+                digest.write(pieces)
+                key = digest.value, length, marks
+                if key not in seen:
+                    seen.add(key)
+                    yield Left(f"@{number}:{choice}", digest.memory, length, marks)
         if isinstance(event, Mark):
             marks |= {event.what}
-        _do(event, process)
         size = event.size if isinstance(event, Resize) else size
+        process.write(pieces_of(event))
         model.feed(event)
 
 
-def _do(event: Event, process: Digest) -> None:
-    """Have the memory hold what an event stores."""
+def _deaths(event: Event) -> Iterator[tuple[str, list[Piece]]]:
+    """Yield the deaths of a process in front of an event, and in the middle of a store."""
+    if isinstance(event, Store | Punch | Mark):
+        yield "k", []
     if isinstance(event, Store):
-        process.write([event])
-    elif isinstance(event, Punch):
-        process.write([(event.offset, bytes(event.length))])
+        for choice in ("t1", "t2"):
+            yield choice, list(tear(event, WORD, random.Random(choice)))
+
+
+def _cuts(
+    model: PowerModel, number: int, length: int, samples: int
+) -> Iterator[tuple[str, list[Piece], int]]:
+    """Yield the power cuts that are possible right now."""
+    parts = model.parts(Ranges([(0, length)]))
+    for choice in model.choices(parts, samples, random.Random(number)):
+        yield choice, *model.state(parts, choice)

@@ -20,8 +20,8 @@ from vfsmap.pmem import Commit as CommitKind
 from vfsmap.pool import Commit as Group
 from vfsmap.pool import Pool
 from vfsmap.pool.layout import BLOCK
-from vfsmap.testing.oracle import Expectation, Snapshot, judge, snapshot, used_runs
-from vfsmap.testing.power import WORD, Digest, Piece, PowerModel, Ranges, tear
+from vfsmap.testing.oracle import Expectation, Judge, Snapshot, snapshot, used_runs
+from vfsmap.testing.power import WORD, Digest, Piece, PowerModel, Ranges, pieces_of, tear
 from vfsmap.testing.recording import (
     MEDIA,
     PAGE,
@@ -179,6 +179,7 @@ class _Progress:
 
     def __init__(self, recording: Recording, *, grouped: bool) -> None:
         self._snapshots = recording.snapshots
+        self._keys = [snap.key for snap in recording.snapshots]
         self._grouped = grouped
         self._done = 0
         self.operation = 0
@@ -206,7 +207,8 @@ class _Progress:
         candidates = self._now()
         if self._grouped:
             candidates = self._durable.union(*self._groups.values())
-        return Expectation(self._snapshots, candidates, self.operation)
+        key = hash((frozenset(self._keys[n] for n in candidates), self._keys[self.operation]))
+        return Expectation(self._snapshots, candidates, self.operation, key)
 
 
 class _Scene(NamedTuple):
@@ -243,7 +245,9 @@ class Hunter:
         content, _ = base(medium)
         self.seen: set[tuple[int, int]] = set()
         """The images that were judged, by digest and size."""
-        self._recoveries: dict[tuple[int, int], list[Event]] = {}
+        self._judged: set[tuple[int, int, int]] = set()
+        """The same with what was expected of them."""
+        self._recoveries: dict[tuple[int, int, int], list[Event]] = {}
         """What recovery does to the images that this workload's deaths leave."""
         self._every = every
         self._tally = tally
@@ -251,6 +255,7 @@ class Hunter:
         self._most_failures = most_failures
         self._second = second
         self._kind = MEDIA[medium.removesuffix(TINY)]
+        self._judges = Judge(self._kind)
         self._powered = self._kind.commit is not CommitKind.STORE
         self._process = Digest(Memory(content))
         """What processes see."""
@@ -285,7 +290,7 @@ class Hunter:
                     self._deaths(scene, event, size, model)
                 if self._powered and _is_moment(event):
                     self._cuts(scene, model)
-            self._process.write(_pieces(event))
+            self._process.write(pieces_of(event))
             size = event.size if isinstance(event, Resize) else size
             model.feed(event)
 
@@ -308,7 +313,7 @@ class Hunter:
     def _deaths_at(self, scene: _Scene, event: Event) -> Iterator[tuple[str, list[Piece]]]:
         """Yield the deaths in front of an event, and if it is a store, in the middle of it."""
         names = ["k"]
-        pieces = _pieces(event)
+        pieces = pieces_of(event)
         for offset, data in pieces:
             if not scene.relevant.overlap(offset, len(data)):
                 return
@@ -329,7 +334,7 @@ class Hunter:
                     with self._process.kept():
                         self._process.write(pieces)
                         self._judge(second, second_choice, self._process, size)
-            self._process.write(_pieces(event))
+            self._process.write(pieces_of(event))
 
     # power cuts
 
@@ -378,15 +383,17 @@ class Hunter:
 
         An image of a process's death may come again, with other parts of it durable.
         """
-        key = image.value, size
+        key = image.value, size, scene.expected.key
         second = bool(scene.crash.choice)
-        if key in self.seen:
+        if key in self._judged:  # and nothing else is expected of it now
             return self._recoveries.get(key, []) if choice[0] in "kt" and not second else []
-        self.seen.add(key)
-        self._tally.images += 1
-        self._tally.second += second
+        self._judged.add(key)
+        if key[:2] not in self.seen:
+            self.seen.add(key[:2])
+            self._tally.images += 1
+            self._tally.second += second
         with image.kept():
-            verdict = judge(image.memory, size, self._kind, scene.expected)
+            verdict = self._judges.judge(image.memory, size, scene.expected)
         if verdict.problems:
             first, then = (scene.crash.choice, choice) if second else (choice, "")
             named = scene.crash._replace(choice=first, second_choice=then)
@@ -397,7 +404,7 @@ class Hunter:
             return verdict.recovery
         return []
 
-    def _hit(self, key: tuple[int, int]) -> bool:
+    def _hit(self, key: tuple[int, int, int]) -> bool:
         """Tell whether crashes are to be tried during the recovery of an image."""
         if self._only:
             return bool(self._only.second_choice)
@@ -406,13 +413,6 @@ class Hunter:
 
 def _is_moment(event: Event) -> bool:
     """Tell whether power cuts are tried in front of an event: nothing more can be lost later."""
-    return isinstance(event, _BARRIERS) or (isinstance(event, Mark) and event.what == DONE)
-
-
-def _pieces(event: Event) -> list[Piece]:
-    """Return what an event changes in the eyes of processes."""
-    if isinstance(event, Store):
-        return [(event.offset, event.data)]
-    if isinstance(event, Punch):
-        return [(event.offset, bytes(event.length))]
-    return []
+    return isinstance(event, _BARRIERS) or (
+        isinstance(event, Mark) and event.what in (DONE, SYNCED)
+    )

@@ -5,9 +5,10 @@ A hunt that finds nothing proves something only if it finds every one of these.
 
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
 from unittest import mock
@@ -75,7 +76,15 @@ def applied(mutant: Mutant) -> Iterator[None]:
     original = vars(mutant.owner)[mutant.function]
     namespace: dict[str, Any] = {}
     exec(compile(mutant.source, "<mutant>", "exec"), original.__globals__, namespace)
-    with mock.patch.object(mutant.owner, mutant.function, namespace[mutant.function]):
+    homes: list[type | ModuleType] = [mutant.owner]
+    if isinstance(mutant.owner, ModuleType):  # others may have it under its own name
+        modules = [module for name, module in sys.modules.items() if name.startswith("vfsmap")]
+        homes = [*(home for home in modules if vars(home).get(mutant.function) is original)]
+    with ExitStack() as stack:
+        for home in homes:
+            stack.enter_context(
+                mock.patch.object(home, mutant.function, namespace[mutant.function])
+            )
         yield
 
 

@@ -1,16 +1,19 @@
 """What must hold of a pool after a crash, whatever the crash left of it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from vfsmap.errors import VfsmapError
 from vfsmap.fs import FileSystem
 from vfsmap.fs.check import check
+from vfsmap.fs.draft import Finding
 from vfsmap.fs.inode import ROOT
 from vfsmap.pmem import Medium
 from vfsmap.pool import Oid, Pool
-from vfsmap.pool.layout import EXTENT, RECORD, SPACE, ExtentRecord
-from vfsmap.pool.scan import scan
+from vfsmap.pool.layout import EXTENT, RECORD, SPACE, SUPERBLOCKS, ExtentRecord
+from vfsmap.pool.scan import Scan, scan
+from vfsmap.pool.superblock import SIZE
 from vfsmap.testing.recording import Event, Memory, RecordingPmem
 
 _PROBE = b".probe"
@@ -34,6 +37,11 @@ class Snapshot(NamedTuple):
     names: dict[tuple[int, bytes], int]
     files: dict[int, File]
 
+    @property
+    def key(self) -> int:
+        """What tells it from others."""
+        return hash((frozenset(self.names.items()), frozenset(self.files.items())))
+
 
 class Expectation(NamedTuple):
     """What may be found after a crash."""
@@ -44,6 +52,8 @@ class Expectation(NamedTuple):
     """Which of them may be found."""
     latest: int
     """The state that bytes overwritten in place may already have."""
+    key: int
+    """What tells it from others."""
 
 
 class Verdict(NamedTuple):
@@ -103,35 +113,72 @@ def _tree(fs: FileSystem, ino: int) -> bytes:
     return b"".join(view[e.start : e.start + e.length] for e in fs.tree_extents(ino))
 
 
-def judge(
-    memory: Memory, size: int, medium: Medium, expected: Expectation, *, thorough: bool = True
-) -> Verdict:
-    """Recover a pool from what a crash left, and hold it against what was done.
+class Judge:
+    """Judges what crashes left of pools on one medium.
 
-    Any exception is a problem: nothing that a crash leaves may raise one.
-
-    Args:
-        memory: what the crash left; it is changed.
-        size: bytes of it that the medium has.
-        medium: what it plays.
-        expected: what may be found.
-        thorough: use the file system afterwards, compact its log, and open it again.
+    What can only depend on the metadata (the superblocks and the log up to its tail) is looked into
+    once for all images that have the same: what a check finds, and how the pool can be used.
     """
-    pmem = RecordingPmem(memory, size, medium)
-    recovery: list[Event] = []
-    try:
-        problems = [f"before recovery: {f}" for f in check(scan(pmem)).damage]
-        fs = _recover(pmem)
-        recovery = list(pmem.events)
-        found = snapshot(fs)
-        problems += mismatch(found, expected)
-        problems += old_bytes(found)
-        problems += [f"after recovery: {f}" for f in check(scan(pmem)).findings]
-        if thorough:
-            problems += _use(fs, found)
-    except (VfsmapError, Exception) as exc:
-        return Verdict([f"{type(exc).__name__}: {exc}"], recovery)
-    return Verdict(problems, recovery)
+
+    def __init__(self, medium: Medium) -> None:
+        """Play ``medium``."""
+        self._medium = medium
+        self._checked: set[bytes] = set()
+        self._used: set[bytes] = set()
+
+    def judge(self, memory: Memory, size: int, expected: Expectation) -> Verdict:
+        """Recover a pool from what a crash left, hold it against what was done, and use it.
+
+        Any exception is a problem: nothing that a crash leaves may raise one.
+
+        Args:
+            memory: what the crash left; it is changed.
+            size: bytes of it that the medium has.
+            expected: what may be found.
+        """
+        pmem = RecordingPmem(memory, size, self._medium)
+        recovery: list[Event] = []
+        try:
+            damage = (
+                finding for finding in self._findings(pmem, scan(pmem)) if not finding.harmless
+            )
+            problems = [f"before recovery: {finding}" for finding in damage]
+            fs = _recover(pmem)
+            recovery = list(pmem.events)
+            found = snapshot(fs)
+            problems += mismatch(found, expected)
+            problems += old_bytes(found)
+            recovered = scan(pmem)
+            problems += [
+                f"after recovery: {finding}" for finding in self._findings(pmem, recovered)
+            ]
+            metadata = _metadata(pmem, recovered)
+            if metadata not in self._used:
+                self._used.add(metadata)
+                problems += _use(fs, found)
+        except (VfsmapError, Exception) as exc:
+            return Verdict([f"{type(exc).__name__}: {exc}"], recovery)
+        return Verdict(problems, recovery)
+
+    def _findings(self, pmem: RecordingPmem, found: Scan) -> list[Finding]:
+        metadata = _metadata(pmem, found)
+        if metadata in self._checked:
+            return []
+        findings = check(found).findings
+        if not findings:
+            self._checked.add(metadata)
+        return findings
+
+
+def _metadata(pmem: RecordingPmem, found: Scan) -> bytes:
+    """Return a digest of all that a pool's metadata is read from."""
+    start = found.halves[found.superblock.active].start
+    digest = hashlib.blake2b(pmem.size.to_bytes(8, "little"), digest_size=16)
+    for at in SUPERBLOCKS:
+        digest.update(pmem.view[at : at + SIZE])
+    digest.update(pmem.view[start : found.tail])
+    digest.update(repr((found.gaps, found.nonsense)).encode())
+    return digest.digest()
 
 
 def _recover(pmem: RecordingPmem) -> FileSystem:

@@ -279,6 +279,15 @@ class PowerModel:
                 return [torn for piece in part.pieces for torn in tear(piece, part.tear, rng)]
 
 
+def pieces_of(event: Event) -> list[Piece]:
+    """Return what an event changes in the eyes of processes."""
+    if isinstance(event, Store):
+        return [(event.offset, event.data)]
+    if isinstance(event, Punch):
+        return [(event.offset, bytes(event.length))]
+    return []
+
+
 def tear(piece: Piece, grain: int, rng: random.Random) -> Iterator[Piece]:
     """Yield some of the aligned groups of bytes that a store consists of.
 

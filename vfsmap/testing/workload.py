@@ -225,7 +225,9 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "write-in-hole": lambda c: c.write("s", 4200, 100),
     "write-in-unit": lambda c: c.write("h/u", 2990, 500),
     "write-far-in-unit": lambda c: c.write("h/u", MIB, 64),
+    "write-across": lambda c: c.write("s", 8000, 600),
     "allocate": lambda c: c.fs.allocate(c.ino("b"), 0, 20_000),
+    "allocate-large": lambda c: c.fs.allocate(c.ino("s"), 0, 3 * MIB),
     "allocate-hole": lambda c: c.fs.allocate(c.ino("s"), 0, 20_000),
     "allocate-unit": lambda c: c.fs.allocate(c.ino("b"), 0, 100, level=PMD),
     "allocate-aligned": lambda c: c.fs.allocate(c.ino("h/e"), 0, 5000),
@@ -235,6 +237,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "large-attribute": lambda c: c.fs.setxattr(c.ino("d1"), b"user.large", b"w" * 3000),
     "remove-attribute": lambda c: c.fs.removexattr(c.ino("x"), b"user.one"),
     "align": lambda c: c.fs.set_align(c.ino("b"), PMD.shift),
+    "align-small": lambda c: c.fs.set_align(c.ino("s"), PTE.shift),
     "align-sparse": lambda c: c.fs.set_align(c.ino("s"), PMD.shift),
     "seal": lambda c: _seal(c, "b"),
     "read": lambda c: c.fs.read(c.ino("a"), 0, 100),
@@ -255,12 +258,15 @@ OPERATIONS: Final[dict[str, Operation]] = {
 """Each operation is one call that a crash leaves wholly done or not done at all."""
 
 _GROUPED_ONLY: Final = ("sync", "begin", "run", "finish")
-_NOT_DRAWN: Final = ("close", "fill", "resize", *_GROUPED_ONLY)
+_IN_COMPANY: Final = ("align-small", "allocate-large", "write-across")
+"""What shows something only behind certain others."""
+_NOT_DRAWN: Final = ("close", "fill", "resize", *_GROUPED_ONLY, *_IN_COMPANY)
 
 
 def file_operations() -> list[str]:
     """Return the operations that stand for one call each."""
-    return [name for name in OPERATIONS if name not in ("close", *_GROUPED_ONLY)]
+    left_out = ("close", *_GROUPED_ONLY, *_IN_COMPANY)
+    return [name for name in OPERATIONS if name not in left_out]
 
 
 def perform(context: Context, name: str) -> None:
