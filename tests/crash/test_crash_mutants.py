@@ -138,6 +138,7 @@ KILLERS: Final[dict[str, Killer]] = {
     "Data.zero_tail: no self._zero(self.map_of(ino), self.file(ino).size, MAX_SIZE)": (
         partial(stale_tail, lambda fs, ino: fs.zero_tail(ino))
     ),
+    "Data.zero_tail: no self.pool.sync()": "sync/cut,zero-tail",
     "Data._store: no pmem.flush(start, len(data))": "flush/overwrite",
     "Data._store: no pmem.flush(extent.start, extent.length)": "flush/write-in-hole,write-across",
     "Data._zero: no self.pool.pmem.zero(extent.start, extent.length)": (
@@ -174,23 +175,6 @@ ELSEWHERE: Final = {
     ),
 }
 """Steps that no crash depends on, and what fails without them."""
-
-_STORED_FIRST: Final = """\
-        self._store(edit or map_, offset, data)
-        inode.size = max(inode.size, end)
-        inode.mtime_ns = inode.ctime_ns = time.time_ns()
-        if clear_suid:
-            inode.mode = without_suid(inode.mode)
-        self._put_mapped(tx, inode, edit)
-"""
-_STORED_LAST: Final = """\
-        inode.size = max(inode.size, end)
-        inode.mtime_ns = inode.ctime_ns = time.time_ns()
-        if clear_suid:
-            inode.mode = without_suid(inode.mode)
-        self._put_mapped(tx, inode, edit)
-    self._store(edit or map_, offset, data)
-"""
 
 WRONG: Final[dict[Mutant, Killer]] = {
     # checksums
@@ -242,7 +226,14 @@ WRONG: Final[dict[Mutant, Killer]] = {
     replaced(journal.Journal, "_advance", "checkpoint.follow(records, self.next_oid)", "True"): (
         "store-tiny/checkpoint,create"
     ),
-    replaced(data.Data, "write", _STORED_FIRST, _STORED_LAST): "store/append-block",
+    replaced(
+        data.Data,
+        "write",
+        "self._store(edit or map_, offset, data)",
+        "pass",
+        "    return len(data)",
+        "    self._store(edit or map_, offset, data)\n    return len(data)",
+    ): "store/append-block",
     replaced(
         names.Names,
         "_move",

@@ -63,11 +63,15 @@ def without_steps(owner: type | ModuleType) -> list[Mutant]:
     return mutants
 
 
-def replaced(owner: type | ModuleType, function: str, old: str, new: str) -> Mutant:
-    """Return the mutant of a function in which ``new`` stands for the only ``old``."""
+def replaced(owner: type | ModuleType, function: str, *changes: str) -> Mutant:
+    """Return the mutant of a function in which every second text stands for the one before it."""
     source = _source(vars(owner)[function])
-    assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
-    return Mutant(owner, function, f"{_words(new)} for {_words(old)}", source.replace(old, new))
+    words = []
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+        source = source.replace(old, new)
+        words.append(f"{_words(new)} for {_words(old)}")
+    return Mutant(owner, function, ", ".join(words), source)
 
 
 @contextmanager

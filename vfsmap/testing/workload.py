@@ -239,6 +239,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "align": lambda c: c.fs.set_align(c.ino("b"), PMD.shift),
     "align-small": lambda c: c.fs.set_align(c.ino("s"), PTE.shift),
     "align-sparse": lambda c: c.fs.set_align(c.ino("s"), PMD.shift),
+    "zero-tail": lambda c: c.fs.zero_tail(c.ino("b")),
     "seal": lambda c: _seal(c, "b"),
     "read": lambda c: c.fs.read(c.ino("a"), 0, 100),
     "arena": lambda c: _arena(c, 20_000, PTE),
@@ -258,7 +259,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
 """Each operation is one call that a crash leaves wholly done or not done at all."""
 
 _GROUPED_ONLY: Final = ("sync", "begin", "run", "finish")
-_IN_COMPANY: Final = ("align-small", "allocate-large", "write-across")
+_IN_COMPANY: Final = ("align-small", "allocate-large", "write-across", "zero-tail")
 """What shows something only behind certain others."""
 _NOT_DRAWN: Final = ("close", "fill", "resize", *_GROUPED_ONLY, *_IN_COMPANY)
 
