@@ -72,11 +72,11 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
         Damaged: no ramoops region is there, or nothing explains what is.
     """
     region = memoryview(buffer).cast("B")[:MAX_REGION]
+    known = find_geometry(region)
+    if known and _stands(region, known):
+        return known
     sites = _find_sites(region)
     judge = _Judge(region, sites)
-    known = find_geometry(region)
-    if known and judge.approves(known):
-        return known
     best = max(_guess(region, sites), key=judge, default=known)
     if known and best and judge(known)[0] >= judge(best)[0]:
         return known
@@ -85,6 +85,12 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
             f"no ramoops region found in {len(region):#x} bytes: give its geometry, or format it"
         )
     return replace(best, ecc=_detect_ecc(region, best))
+
+
+def _stands(region: memoryview, geometry: Geometry) -> bool:
+    """Tell at a glance whether signatures are where a geometry wants them, and nowhere else."""
+    places = {place.offset for place in geometry.places if place.kind != "ftrace"}
+    return {match.start() for match in re.finditer(_PLAIN, region)} == places
 
 
 def _find_sites(region: memoryview) -> Sites:
@@ -217,10 +223,6 @@ class _Judge:
         bad += 4 * (not whole and geometry.size != round_down(geometry.size))
         snug = bool(geometry.record) or not geometry.dump  # nothing is left over
         return (-bad - 2 * left, found, whole, snug, -odd, *usual, -geometry.size)
-
-    def approves(self, geometry: Geometry) -> bool:
-        """Tell whether nothing speaks against a geometry."""
-        return self(geometry)[:2] == (0, len(geometry.places))
 
     def _mark(self, group: Group) -> tuple[int, int, int, int]:
         """Return how many zones are there, how many of them in use, objections, and doubts."""
