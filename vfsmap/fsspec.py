@@ -86,7 +86,9 @@ class WindowFile(io.BufferedIOBase):
         """Close the window."""
         if not self.closed:
             self._view.release()
-            self._window.close()
+            if not getattr(self, "_finalizing", False):  # io.IOBase sets it before it calls us
+                self._window.close()
+            del self._window
         super().close()
 
 

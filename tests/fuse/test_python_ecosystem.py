@@ -177,6 +177,23 @@ def test_pandas_and_pyarrow_read_a_parquet_file(here: Path, frame: Any, sealed: 
     assert dataset.count_rows(filter=pyarrow.dataset.field("number") < 100) == 100
 
 
+def test_a_program_that_ends_while_arrow_lets_go_of_a_file_ends_well(
+    here: Path, frame: Any
+) -> None:
+    """Arrow's own threads collect its files, perhaps while the interpreter is going away."""
+    frame.to_parquet(url(here / "a.parquet"))
+    program = (
+        "import fsspec, pyarrow.dataset as d; fs = fsspec.filesystem('vfsmap');"
+        f"print(d.dataset({str(here)!r}, filesystem=fs, format='parquet')"
+        ".count_rows(filter=d.field('number') < 10))"
+    )
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "10\n", "")
+
+
 def test_pandas_writes_and_reads_text(here: Path, frame: Any) -> None:
     frame.to_csv(url(here / "table.csv"), index=False)
     found = pandas.read_csv(url(here / "table.csv"), dtype={"text": frame["text"].dtype})

@@ -16,7 +16,7 @@ import pytest
 from vfsmap.daemon import attach, client
 from vfsmap.daemon.client import Client, close_all, medium_of, mounter_of
 from vfsmap.errors import Busy, DaemonUnreachable, Invalid, NotFound, ProtocolError, Unsupported
-from vfsmap.pmem import Commit, Medium
+from vfsmap.pmem import Commit, Medium, libc
 from vfsmap.units import PMD
 
 
@@ -60,6 +60,8 @@ class Peer:
                 if method == "Stop":
                     return True
                 self.seen.append((method, call.get("parameters", {})))
+                if call.get("oneway"):
+                    continue
                 answer = self.answers.get(method, b"{}\0")
                 if not answer:
                     return False
@@ -176,6 +178,44 @@ def test_a_window_that_is_collected_in_the_middle_of_a_call_gives_its_lease_back
             one.call("Do")
         assert [method for method, _ in peer.seen] == ["Do", "Release"]
         one.call("Do")
+
+
+def test_a_dropped_lease_is_given_back_at_once_and_nobody_waits_for_an_answer(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(peer.path) as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(one, "_receive", lambda: pytest.fail("somebody waited"))
+            one.drop(5, alone=True)
+        one.call("Do")
+    assert peer.seen == [("Release", {"lease": 5, "alone": True}), ("Do", {})]
+
+
+def test_a_lease_that_is_dropped_while_somebody_calls_is_given_back_afterwards(peer: Peer) -> None:
+    with Client(peer.path) as one:
+        with one._lock:
+            one.drop(5)
+        one.call("Do")
+    assert [method for method, _ in peer.seen] == ["Do", "Release"]
+
+
+def test_a_lease_that_finds_no_room_in_the_socket_is_given_back_by_the_next_call(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(peer.path) as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(libc, "send_held", lambda fd, data: 0)
+            one.drop(5)
+        one.call("Do")
+    assert [method for method, _ in peer.seen] == ["Do", "Release"]
+
+
+def test_a_lease_can_be_dropped_when_the_daemon_is_gone(peer: Peer) -> None:
+    peer.answers["Do"] = b""
+    with Client(peer.path) as one:
+        with pytest.raises(DaemonUnreachable):
+            one.call("Do")
+        one.drop(5)
 
 
 def test_many_threads_share_a_connection(peer: Peer) -> None:

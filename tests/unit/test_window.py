@@ -183,8 +183,15 @@ def mapped(address: int) -> bool:
 
 
 def test_a_forgotten_window_is_unmapped_with_its_last_view(pool: int, medium: Medium) -> None:
-    closed: list[bool] = []
-    window = Window(pool, [Extent(0, 0, PAGE)], PAGE, medium, on_close=lambda: closed.append(True))
+    ends: list[str] = []
+    window = Window(
+        pool,
+        [Extent(0, 0, PAGE)],
+        PAGE,
+        medium,
+        on_close=lambda: ends.append("closed"),
+        on_drop=lambda: ends.append("dropped"),
+    )
     address, view = window.address, window.view()
     del window
     gc.collect()
@@ -194,7 +201,7 @@ def test_a_forgotten_window_is_unmapped_with_its_last_view(pool: int, medium: Me
     del view
     gc.collect()
     assert not mapped(address)
-    assert closed == [True]
+    assert ends == ["dropped"]
 
 
 def test_a_closed_window_says_so(pool: int, medium: Medium) -> None:

@@ -175,6 +175,7 @@ def _granted(client: Client, wanted: _Request) -> Window:
             medium_of(answer["medium"]),
             direct=True,
             on_close=lambda: client.release(lease, alone=clients.forks == forks),
+            on_drop=lambda: client.drop(lease, alone=clients.forks == forks),
             on_publish=lambda: _publish(client, lease),
         )
     except (LookupError, TypeError) as exc:

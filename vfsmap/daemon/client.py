@@ -32,7 +32,7 @@ from vfsmap.daemon.varlink import (
     error_of,
 )
 from vfsmap.errors import DaemonUnreachable, Invalid, NotFound, ProtocolError, VfsmapError
-from vfsmap.pmem import Commit, Medium
+from vfsmap.pmem import Commit, Medium, libc
 
 SOCKET_XATTR: Final = "user.vfsmap.socket"
 _RECEIVE: Final = 1 << 18
@@ -108,6 +108,22 @@ class Client:
         """
         self._releases.append({"lease": lease, "alone": alone})
         self._release_pending()
+
+    def drop(self, lease: int, *, alone: bool = False) -> None:
+        """Give a lease back without waiting for the daemon, in a finalizer; never fails."""
+        parameters = {"lease": lease, "alone": alone}
+        if self._lock.acquire(blocking=False):
+            try:
+                call = Call(f"{INTERFACE}.Release", encode_parameters(parameters), oneway=True)
+                data = encode(call)
+                sent = libc.send_held(self._socket.fileno(), data)
+                if sent == len(data):
+                    return
+                if sent:  # half a message: no other can follow
+                    self.close()
+            finally:
+                self._lock.release()
+        self._releases.append(parameters)  # for whoever calls next
 
     def _release_pending(self) -> None:
         # whoever adds a lease while the lock is taken leaves it to its owner, who looks afterwards

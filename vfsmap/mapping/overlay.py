@@ -42,6 +42,7 @@ class PrivateWindow(Window):
         populate: bool = False,
         direct: bool = True,
         on_close: Callable[[], None] | None = None,
+        on_drop: Callable[[], None] | None = None,
     ) -> None:
         """Map ``length`` bytes of the file from ``offset`` on, for this process alone.
 
@@ -66,6 +67,7 @@ class PrivateWindow(Window):
             populate=populate,
             direct=direct,
             on_close=on_close,
+            on_drop=on_drop,
         )
         self.cow = cow
         self._owned: set[int] = set()  # addresses of blocks that were laid over the window

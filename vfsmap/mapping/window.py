@@ -56,6 +56,7 @@ class Window:
         sealed: bool = False,
         direct: bool = True,
         on_close: Callable[[], None] | None = None,
+        on_drop: Callable[[], None] | None = None,
         on_publish: Callable[[], None] | None = None,
     ) -> None:
         """Map ``length`` bytes of the file from ``offset`` on.
@@ -63,7 +64,8 @@ class Window:
         ``private`` keeps stores from the file, ``level`` is the smallest entry the caller accepts
         and ``limit`` the largest, ``populate`` maps each page now, ``sealed`` makes a read-only
         window final until the process ends; ``on_close`` is called once, after the range is
-        unmapped, and ``on_publish`` makes the mount forget what it has cached.
+        unmapped (``on_drop``, which must not wait, when it was collected and not closed), and
+        ``on_publish`` makes the mount forget what it has cached.
 
         Raises:
             Invalid: a negative offset, a writable window that is sealed or has holes.
@@ -87,6 +89,7 @@ class Window:
         self.on_report: Callable[[int, int, str], None] | None = None
         """Tells the daemon that granted the window what was tried at a part of it."""
         self._on_close = on_close
+        self._on_drop = on_drop
         self._on_publish = on_publish
         self.layout = EMPTY
         if length != 0:
@@ -263,9 +266,14 @@ class Window:
                 raise
 
     def __del__(self) -> None:
-        if not getattr(self, "closed", True):
-            self._exported = None  # whoever held a view would have kept the window
-            self.close()
+        # in any thread, perhaps of somebody's C++ code while the interpreter ends: nothing waits
+        if getattr(self, "closed", True) or self.sealed:
+            return
+        self.closed = True
+        if self.layout.length:
+            libc.munmap_held(*self.mapped)
+        if self._on_drop is not None:
+            self._on_drop()
 
     def _require_open(self) -> None:
         if self.closed:

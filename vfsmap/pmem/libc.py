@@ -9,6 +9,7 @@ values hold on x86-64, arm64 and riscv64.
 import ctypes
 import errno
 import os
+import socket
 import sys
 from typing import Any, Final, NamedTuple
 
@@ -81,6 +82,10 @@ _libc.fallocate.argtypes = (_INT, _INT, _OFFSET, _OFFSET)
 _libc.syncfs.argtypes = (_INT,)
 _libc.statx.argtypes = (_INT, ctypes.c_char_p, _INT, ctypes.c_uint, _ADDRESS)
 _libc.syscall.restype = _LONG
+_held = ctypes.PyDLL(None, use_errno=True)  # its calls keep the interpreter's lock
+_held.munmap.argtypes = (_ADDRESS, _SIZE)
+_held.send.argtypes = (_INT, ctypes.c_char_p, _SIZE, _INT)
+_held.send.restype = ctypes.c_ssize_t
 
 
 class Stat(NamedTuple):
@@ -173,6 +178,21 @@ def mmap(
 def munmap(address: int, length: int) -> None:
     """Unmap a range."""
     _require_zero(_libc.munmap(address, length))
+
+
+def munmap_held(address: int, length: int) -> None:
+    """Unmap a range without letting go of the interpreter's lock.
+
+    For finalizers: a thread that asks for the lock back while the interpreter ends does not get it,
+    and Python ends that thread on the spot; one that C++ code started takes the process with it.
+    """
+    _require_zero(_held.munmap(address, length))
+
+
+def send_held(fd: int, data: bytes) -> int:
+    """Send to a socket what it takes at once, likewise; return how many bytes that was."""
+    sent: int = _held.send(fd, data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    return max(sent, 0)
 
 
 def mprotect(address: int, length: int, protection: int) -> None:
