@@ -29,10 +29,11 @@ test-slow: $(BIN)/vfsmap ## Run the long tests as well
 test-vm: $(BIN)/vfsmap ## Boot real kernels on files of a mounted pool
 	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m vm
 
-test-kill: $(BIN)/vfsmap ## Kill the server of a real mount under eight writers, 200 times a medium
+test-kill: $(BIN)/vfsmap ## Kill a mount's server under eight writers, and the writers of a crash log
 	for medium in tmpfs hugetlbfs ext4; do \
 	    $(BIN)/python -m vfsmap.testing.killing --medium $$medium --rounds 200 || exit; \
 	done
+	$(BIN)/pytest -q -m slow tests/crash/test_pstore_kill.py
 
 lint: $(BIN)/vfsmap ## Check style
 	$(BIN)/ruff check .

@@ -129,8 +129,10 @@ def test_killed_writers_leave_every_line_they_had_logged(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lot", range(10))
 @KINDS
 def test_thousands_of_killed_writers_leave_every_line_they_had_logged(
-    path: Path, ecc: int, console: int, lines: int
+    path: Path, ecc: int, console: int, lines: int, lot: int
 ) -> None:
-    run_rounds(path, range(100, 1100), ecc=ecc, console=console, lines=lines)
+    seeds = range(100 + 100 * lot, 200 + 100 * lot)
+    run_rounds(path, seeds, ecc=ecc, console=console, lines=lines)

@@ -9,7 +9,7 @@ from vfsmap.fs import ROOT, FileSystem, FollowedFileSystem
 from vfsmap.fs.following import FollowedFileSystem as Followed
 from vfsmap.pmem import Medium
 from vfsmap.pool import Pool
-from vfsmap.pool.layout import BATCH
+from vfsmap.pool.layout import BATCH, SUPERBLOCKS
 from vfsmap.pool.rewrite import rewrite
 from vfsmap.pool.scan import scan
 from vfsmap.testing.pools import GROUPED, STORED, killed_fs, make_fs, open_pmem
@@ -42,20 +42,29 @@ def followed(path: Path, fs: FileSystem) -> Followed:
 
 
 class Interruption:
-    """Has the writer do something right before the follower copies a file's bytes."""
+    """Has the writer do something right before the follower looks at a place for the nth time."""
 
-    def __init__(self, followed: Followed, ino: int, act: Callable[[], object]) -> None:
-        self._pmem = followed.pool.pmem
-        self._read = self._pmem.read
-        self._places = [extent.start for extent in followed.extents(ino)]
-        self._act: Callable[[], object] | None = act
-        self._pmem.read = self  # type: ignore[method-assign]
+    def __init__(
+        self, followed: Followed, place: int, act: Callable[[], object], *, turn: int = 1
+    ) -> None:
+        pmem = followed.pool.pmem
+        self._read = pmem.read
+        self._place = place
+        self._act = act
+        self.left = turn
+        pmem.read = self  # type: ignore[method-assign]
 
     def __call__(self, offset: int, length: int) -> bytes:
-        if self._act is not None and offset in self._places:
-            act, self._act = self._act, None
-            act()
+        if offset == self._place:
+            self.left -= 1
+            if self.left == 0:
+                self._act()
         return self._read(offset, length)
+
+
+def bytes_of(followed: Followed, ino: int) -> int:
+    """Return where a file begins in the pool."""
+    return followed.extents(ino)[0].start
 
 
 def test_what_was_freed_and_reused_while_it_was_read_is_not_shown(
@@ -70,7 +79,7 @@ def test_what_was_freed_and_reused_while_it_was_read_is_not_shown(
         while fs.extents(make(fs, b"other%d" % fs.pool.next_oid, b"HIS!" * 2048))[0] != extent:
             pass
 
-    Interruption(followed, secret, replace)
+    Interruption(followed, bytes_of(followed, secret), replace)
     with pytest.raises(Stale, match="no inode"):
         followed.read(secret, 0, 8192)
 
@@ -87,7 +96,7 @@ def test_a_file_whose_bytes_have_moved_while_it_was_read_is_read_again(
         other = make(fs, b"other", b"HIS!" * 2048)
         assert fs.extents(other) == old
 
-    Interruption(followed, ino, move)
+    Interruption(followed, bytes_of(followed, ino), move)
     assert followed.read(ino, 0, 8192) == b"mine" * 2048
 
 
@@ -107,15 +116,81 @@ def test_bytes_that_left_a_file_and_came_back_while_it_was_read_are_read_again(
         fs.write(ino, 8000, b"!")
         fs.write(ino, 10, b"!")
 
-    Interruption(followed, ino, away_and_back)
+    Interruption(followed, bytes_of(followed, ino), away_and_back)
     data = followed.read(ino, 0, 8192)
     assert set(data) <= set(b"\0!")
+
+
+def test_a_part_that_was_cut_off_while_it_was_read_is_not_shown(
+    fs: FileSystem, followed: Followed
+) -> None:
+    ino = make(fs, b"file", b"mine" * 2048)
+    followed.refresh()
+    second = fs.extents(ino)[0].start + 4096
+
+    def cut() -> None:
+        fs.setattr(ino, size=4096)
+        while fs.extents(make(fs, b"%d" % fs.pool.next_oid, b"HIS!" * 1024))[0].start != second:
+            pass
+
+    Interruption(followed, bytes_of(followed, ino), cut)
+    assert followed.read(ino, 0, 8192) == b"mine" * 1024
+
+
+def test_what_was_committed_right_before_a_change_of_halves_is_not_missed(
+    fs: FileSystem, followed: Followed
+) -> None:
+    def commit_and_change() -> None:
+        make(fs, b"late")
+        fs.pool.journal.compact()
+
+    interruption = Interruption(followed, SUPERBLOCKS[0], commit_and_change)
+    followed.refresh()
+    assert interruption.left <= 0
+    assert followed.pool.objects == fs.pool.objects
+
+
+def test_a_half_that_is_overwritten_while_it_is_read_is_given_up(
+    fs: FileSystem, followed: Followed
+) -> None:
+    make(fs, b"first")
+    followed.refresh()
+    tail, place = fs.pool.journal.log.tail, fs.pool.journal.log.place
+
+    def commit_and_change() -> None:
+        make(fs, b"late")
+        fs.pool.journal.compact()
+
+    def overwrite() -> None:  # as the next checkpoint does
+        fs.pool.pmem.zero(place.start, tail + 4096 - place.start)
+
+    Interruption(followed, SUPERBLOCKS[0], commit_and_change)
+    # once before the change, when there is nothing, and once after it
+    interruption = Interruption(followed, tail, overwrite, turn=2)
+    followed.refresh()
+    assert interruption.left <= 0
+    assert followed.pool.objects == fs.pool.objects
+
+
+def test_halves_that_moved_and_whose_room_is_a_files_now_are_given_up(
+    fs: FileSystem, followed: Followed
+) -> None:
+    make(fs, b"first")
+    followed.refresh()
+    tail, place = fs.pool.journal.log.tail, fs.pool.journal.log.place
+    make(fs, b"late")
+    fs.pool.journal._grow(MIB)
+    assert place not in fs.pool.journal.halves
+    fs.pool.pmem.zero(tail, place.start + place.length - tail)  # as a file may
+    followed.refresh()
+    assert followed.pool.objects == fs.pool.objects
+    assert sorted(followed.pool.space.runs()) == sorted(fs.pool.space.runs())
 
 
 def test_a_file_that_has_grown_meanwhile_is_read_once(fs: FileSystem, followed: Followed) -> None:
     ino = make(fs, b"file", b"a" * 5000)
     followed.refresh()
-    Interruption(followed, ino, lambda: fs.write(ino, 5000, b"b" * 9000))
+    Interruption(followed, bytes_of(followed, ino), lambda: fs.write(ino, 5000, b"b" * 9000))
     assert followed.read(ino, 0, 20_000) == b"a" * 5000
     assert followed.read(ino, 0, 20_000) == b"a" * 5000 + b"b" * 9000
 

@@ -43,7 +43,6 @@ Before = dict[int, bytes | None]
 _COPIES: Final = SUPERBLOCKS[-1] + BLOCK
 _IDENTITY: Final = struct.Struct("<QQ")
 _IDENTITY_AT: Final = Superblock.epoch.offset  # epoch and generation lie side by side
-_GENERATION_AT: Final = 8
 
 
 class _Lost(Exception):
@@ -101,14 +100,23 @@ class Follower:
         log = self._journal.log
         if self._last is None:
             self._last = self._walk(log, log.sequence)
-        at, head = self._last
-        if self._pmem.read(at, BATCH.size) != head:
-            raise _Lost  # overwritten; or a host that lost power has lost it, too
+        self._require_intact()
         while (batch := self._batch(log)) is not None:
             for oid, rec in _records(batch):
                 self._put(oid, rec)
             self._last = self._advance(log, batch)
             self._journal.next_oid = BATCH.unpack_from(batch)[-1]
+
+    def _require_intact(self) -> None:
+        """Do nothing while the last batch that was applied is there.
+
+        Raises:
+            _Lost: it was overwritten; or a host that lost power has lost it with its CPU's caches.
+        """
+        assert self._last is not None
+        at, head = self._last
+        if self._pmem.read(at, BATCH.size) != head:
+            raise _Lost
 
     def _advance(self, half: LogHalf, batch: bytes) -> tuple[int, bytes]:
         last = half.tail, batch[: BATCH.size]
@@ -215,15 +223,13 @@ class Follower:
         Raises:
             _Lost: it is not certain that it does.
         """
-        journal, old = self._journal, self._journal.log
+        journal = self._journal
         self._apply_log()  # what was committed until the change
         moved = _halves(sb) != _halves(journal.superblock)
         if moved or sb.epoch != journal.superblock.epoch + 1 or journal.grouped:
             raise _Lost
-        # nothing was overwritten before all was read: that would begin at the half's start
-        first = self._pmem.read(old.place.start, BATCH.size)
-        if first[_GENERATION_AT : _GENERATION_AT + 8] != old.generation.to_bytes(8, "little"):
-            raise _Lost
+        # what overwrites the half begins at its start: it has not come to where we stopped reading
+        self._require_intact()
         half = self._active_half(sb)
         self._last = self._walk(half, sb.batches)
         journal.superblock, journal.log = sb, half
@@ -289,7 +295,6 @@ class Follower:
         if sb.size > old_sb.size:
             space.free(old_sb.size, sb.size - old_sb.size)
         for start, length in old:
-            space.withhold(start, length)  # so that what is free already is not freed twice
             space.free(start, length)
         for start, length in new:
             space.withhold(start, length)

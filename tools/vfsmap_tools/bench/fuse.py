@@ -126,7 +126,7 @@ class Load:
                     lambda: os.close(os.open(f"timed-{next(numbers)}", flags, 0o644, dir_fd=where)),
                     samples,
                 ),
-                "unlink": timed(lambda: os.unlink(f"timed-{next(removed)}", dir_fd=where), SAMPLES),
+                "unlink": timed(lambda: os.unlink(f"timed-{next(removed)}", dir_fd=where), samples),
                 "random 4K O_DIRECT read": timed(
                     lambda: os.preadv(fd, [buffer], chance.randrange(blocks) * 4 * KIB), samples
                 ),
