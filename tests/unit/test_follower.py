@@ -9,7 +9,7 @@ from vfsmap.fs import ROOT, FileSystem, FollowedFileSystem
 from vfsmap.fs.following import FollowedFileSystem as Followed
 from vfsmap.pmem import Medium
 from vfsmap.pool import Pool
-from vfsmap.pool.layout import BATCH, SUPERBLOCKS
+from vfsmap.pool.layout import BATCH, SUPERBLOCKS, Superblock
 from vfsmap.pool.rewrite import rewrite
 from vfsmap.pool.scan import scan
 from vfsmap.testing.pools import GROUPED, STORED, killed_fs, make_fs, open_pmem
@@ -144,7 +144,9 @@ def test_what_was_committed_right_before_a_change_of_halves_is_not_missed(
         make(fs, b"late")
         fs.pool.journal.compact()
 
-    interruption = Interruption(followed, SUPERBLOCKS[0], commit_and_change)
+    interruption = Interruption(
+        followed, SUPERBLOCKS[0] + Superblock.epoch.offset, commit_and_change
+    )
     followed.refresh()
     assert interruption.left <= 0
     assert followed.pool.objects == fs.pool.objects
@@ -164,7 +166,7 @@ def test_a_half_that_is_overwritten_while_it_is_read_is_given_up(
     def overwrite() -> None:  # as the next checkpoint does
         fs.pool.pmem.zero(place.start, tail + 4096 - place.start)
 
-    Interruption(followed, SUPERBLOCKS[0], commit_and_change)
+    Interruption(followed, SUPERBLOCKS[0] + Superblock.epoch.offset, commit_and_change)
     # once before the change, when there is nothing, and once after it
     interruption = Interruption(followed, tail, overwrite, turn=2)
     followed.refresh()

@@ -106,14 +106,16 @@ class FollowedFileSystem(FileSystem):
         pieces: list[bytes] = []
         at = offset
         for extent in self.map_of(ino).overlapping(offset, end):
-            pieces.append(bytes(extent.offset - at))
+            if extent.offset > at:
+                pieces.append(bytes(extent.offset - at))
             piece = self.pool.pmem.read(extent.start, extent.length)
             if len(piece) < extent.length:
                 raise MediumError(f"{self.pool.path} ends before {extent.start + extent.length:#x}")
             pieces.append(piece)
             at = extent.offset + extent.length
-        pieces.append(bytes(max(0, end - at)))
-        return b"".join(pieces)
+        if end > at:
+            pieces.append(bytes(end - at))
+        return b"".join(pieces)  # which copies nothing where there is one piece
 
     # the index
 

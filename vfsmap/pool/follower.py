@@ -194,10 +194,11 @@ class Follower:
     def _newer_superblock(self) -> Superblock | None:
         """Return the superblock that holds, unless it is the one known."""
         known = _identity(self._journal.superblock)
+        identity, read = _IDENTITY.pack(*known), self._pmem.read
+        if all(read(at + _IDENTITY_AT, len(identity)) == identity for at in SUPERBLOCKS):
+            return None
         for last in (False, False, True):  # the writer may be storing one copy after the other
-            raw = self._pmem.read(0, _COPIES).ljust(_COPIES, b"\0")
-            if all(_IDENTITY.unpack_from(raw, at + _IDENTITY_AT) == known for at in SUPERBLOCKS):
-                return None
+            raw = read(0, _COPIES).ljust(_COPIES, b"\0")
             try:
                 sb, _ = superblock.load(memoryview(raw), size_of(self._pmem.fd))
                 return sb if _identity(sb) != known else None
