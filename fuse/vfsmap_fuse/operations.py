@@ -323,6 +323,7 @@ class Operations(pyfuse3.Operations):
             inode.size <= _READ_AGAIN
             and flags & os.O_ACCMODE != os.O_WRONLY
             and not (flags & os.O_NOATIME or self.fs.noatime)
+            and self.fs.pool.writable
             and self.fs.is_atime_due(inode, time.time_ns())
         )
 

@@ -1,5 +1,6 @@
 """A mount's life: how it begins, what ends it, and what is left."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -180,6 +181,30 @@ def test_a_read_only_mount_changes_nothing(place: tuple[Path, Path]) -> None:
             with refused(errno.EROFS):
                 action()
     assert pool.read_bytes() == image
+
+
+@pytest.mark.parametrize("options", ["", "ro", "noatime"])
+def test_what_was_read_once_stays_in_the_page_cache(place: tuple[Path, Path], options: str) -> None:
+    pool, mountpoint = place
+    with served(pool, mountpoint):
+        (mountpoint / "it").write_bytes(b"text")
+    with served(pool, mountpoint, options):
+        assert not is_cached(mountpoint / "it")
+        for _ in range(2):
+            (mountpoint / "it").read_bytes()
+            assert is_cached(mountpoint / "it")
+
+
+def is_cached(path: Path) -> bool:
+    """Tell whether the first page of a file is there after an open."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as view:
+        there = ctypes.c_ubyte()
+        start = (ctypes.c_char * 1).from_buffer(view)
+        address = ctypes.c_void_p(ctypes.addressof(start))
+        del start
+        assert libc.mincore(address, ctypes.c_size_t(1), ctypes.byref(there)) == 0
+        return bool(there.value & 1)
 
 
 def test_root_s_mount_has_devices_and_set_user_id_unless_told_otherwise(
