@@ -70,6 +70,8 @@ class Tally:
     rounds: int = 0
     starting: int = 0
     """Kills before the server was ready."""
+    left: int = 0
+    """Mounts that were left behind by such a kill, and had to be removed."""
     operations: int = 0
     under_way: int = 0
     """Operations that a kill has interrupted."""
@@ -78,7 +80,8 @@ class Tally:
     def __str__(self) -> str:
         """Return it in one line."""
         return (
-            f"{self.rounds} rounds, {self.starting} kills while starting, "
+            f"{self.rounds} rounds, {self.starting} kills while starting "
+            f"({self.left} left a mount), "
             f"{self.operations} operations, {self.under_way} of them interrupted, "
             f"{len(self.failures)} failures"
         )
@@ -98,14 +101,14 @@ class Arena:
         self.directory.mkdir()
         vfsmap("format", self.pool, "--size", _POOL_SIZE)
 
-    def start(self) -> Connection:
+    def start(self, server: "Callable[[Arena, Connection], None] | None" = None) -> Connection:
         """Start the server; return a pipe on which it tells that it is ready.
 
         It is a fork, so a round costs no interpreter and no imports; all else is what ``vfsmap
-        mount`` runs.
+        mount`` runs; ``server`` stands in for it.
         """
         ours, theirs = _FORK.Pipe(duplex=False)
-        self.server = _FORK.Process(target=_be_server, args=(self, theirs))
+        self.server = _FORK.Process(target=server or _be_server, args=(self, theirs))
         self.server.start()
         theirs.close()
         return ours
@@ -258,7 +261,7 @@ def run_round(made: Arena, seed: int, tally: Tally) -> None:
     """
     chance = random.Random(seed)
     if chance.randrange(_STARTING) == 0:
-        _kill_while_starting(made, chance)
+        tally.left += _kill_while_starting(made, chance)
         tally.starting += 1
     made.start_and_wait()
     if made.place(0).exists():
@@ -273,13 +276,25 @@ def run_round(made: Arena, seed: int, tally: Tally) -> None:
     tally.under_way += sum(len(record.trees) > record.finished + 1 for record in made.records)
 
 
-def _kill_while_starting(made: Arena, chance: random.Random) -> None:
+def _kill_while_starting(made: Arena, chance: random.Random) -> bool:
+    """Tell whether a mount was left behind.
+
+    That can happen in the moment in which fusermount3 hands the session over: it hears of the death
+    before the session has ended, and nobody is there yet who could help it.
+    """
     ready = made.start()
     ready.poll(chance.uniform(0, 0.3))
     made.kill()
     ready.close()
+    left = False
+    try:
+        made.require_nothing_left()
+    except Lost:
+        vfsmap("umount", made.directory)
+        left = True
     made.require_nothing_left()
     made.require_clean()
+    return left
 
 
 def _write_and_kill(made: Arena, seed: int, chance: random.Random) -> list[Record]:
