@@ -156,7 +156,7 @@ class World:
 @asynccontextmanager
 async def world(**limits: Any) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
-        made = World(nursery, Limits(**{"leisure": 0, **limits}))
+        made = World(nursery, Limits(**{"leisure": 0, "penalty": 0, **limits}))
         yield made
         await made.require_good_service()
         for peer in made.peers:
@@ -518,3 +518,18 @@ async def test_strangers_can_not_fill_the_log(caplog: pytest.LogCaptureFixture) 
             assert await peer.is_cut_off()
         w.handlers.trusted = True
     assert caplog.text == ""
+
+
+async def test_who_is_not_trusted_and_breaks_a_rule_can_not_come_back_at_once(
+    mock_clock: trio.testing.MockClock, null: int
+) -> None:
+    async with world(penalty=1) as w:
+        w.handlers.trusted = False
+        peer = w.connect()
+        peer.pass_descriptors(b"x", null, 9)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(w.closer.closed) == 9  # they are not kept meanwhile
+        assert w.handlers.gone == []
+        mock_clock.jump(1.1)
+        assert await peer.is_cut_off()
+        w.handlers.trusted = True

@@ -57,6 +57,8 @@ class Limits:
     """Leases of one connection."""
     events_max: int = 1000
     """Events that wait for a client that does not read them; the oldest are dropped."""
+    penalty: float = 1.0
+    """Seconds before a client that is not trusted, and has broken a rule, is hung up on."""
     leisure: float = 0.02
     """Seconds between two calls of a client that is not trusted, and until it is hung up on."""
 
@@ -199,6 +201,10 @@ class Connection:
         """Return when the client has hung up, or says something out of turn."""
         if self._framer.is_empty:
             await trio.lowlevel.wait_readable(self._socket)
+
+    def abandon(self) -> None:
+        """Have what came and was not taken closed."""
+        self._closer.close(self.holder.uid, self._framer.abandon())
 
     def close(self) -> None:
         """Hang up; what came and was not taken is closed."""

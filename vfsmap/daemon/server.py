@@ -135,15 +135,7 @@ class Server:
         trusted = connection.trusted = self._handlers.trusts(connection)
         try:
             with self._admitted(who.uid, trusted=trusted):
-                while message := await connection.receive():
-                    try:
-                        goes_on = await self._answer(connection, message)
-                    finally:
-                        self._closer.close(who.uid, message.descriptors)
-                    if not goes_on:
-                        break
-                    if not trusted:
-                        await trio.sleep(self._limits.leisure)
+                await self._converse(connection)
         except ProtocolError as exc:
             # strangers could fill the log
             level = logging.WARNING if trusted else logging.DEBUG
@@ -166,6 +158,30 @@ class Server:
                 await trio.sleep(self._limits.leisure)
             finally:
                 self._waiting -= 1
+
+    async def _converse(self, connection: Connection) -> None:
+        """Answer calls until the client hangs up or has what it came for.
+
+        Raises:
+            ProtocolError: it has broken a rule; who is not trusted is told so late, or coming back
+                at once and doing it again would take the others' time.
+        """
+        uid = connection.holder.uid
+        try:
+            while message := await connection.receive():
+                try:
+                    goes_on = await self._answer(connection, message)
+                finally:
+                    self._closer.close(uid, message.descriptors)
+                if not goes_on:
+                    break
+                if not connection.trusted:
+                    await trio.sleep(self._limits.leisure)
+        except ProtocolError:
+            if not connection.trusted:
+                connection.abandon()
+                await trio.sleep(self._limits.penalty)
+            raise
 
     @contextmanager
     def _admitted(self, uid: int, *, trusted: bool) -> Iterator[None]:
