@@ -160,7 +160,7 @@ def age(aged: Aged, steps: Iterable[Step]) -> Iterator[tuple[float, Coverage]]:
 
 def run(quick: bool) -> Result:
     """Age a pool, ext4 and xfs."""
-    size, turnovers = (512 * MIB, 2) if quick else (6 * GIB, 10)
+    size, turnovers = (768 * MIB, 2) if quick else (6 * GIB, 10)
     result = Result(
         "ageing",
         "Ageing",

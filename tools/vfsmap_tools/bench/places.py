@@ -69,7 +69,9 @@ def image(kind: str, file: Path, size: int, *options: str) -> Iterator[Path]:
         made.truncate(size)
     quiet = {"ext4": ("-q", "-F", "-E", "lazy_itable_init=0"), "xfs": ("-q", "-f")}
     command = [f"mkfs.{kind}", *quiet[kind], *options, str(file)]
-    subprocess.run(command, stderr=subprocess.DEVNULL, check=True)
+    made_it = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made_it.returncode:  # what it says otherwise are remarks
+        raise click.ClickException(f"{' '.join(command)}: {made_it.stderr.strip()}")
     try:
         with mounted(kind, file, "loop") as directory:
             yield directory
