@@ -6,7 +6,7 @@ PYTHON ?= python3
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vm test-kill lint types wheel bench docs clean
+.PHONY: help setup demo test test-slow test-vm test-kill soak lint types wheel bench docs clean
 
 help: ## Tell what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ test: $(BIN)/vfsmap ## Run the tests
 
 test-slow: $(BIN)/vfsmap ## Run the long tests as well
 	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m "not vm"
+
+soak: $(BIN)/vfsmap ## Crash and damage pools for an hour: the figures of docs/reliability.md
+	$(BIN)/python -m vfsmap.testing.crash --seed 1 --minutes 30
+	$(BIN)/pytest -q -m slow tests/property/test_check_damage.py tests/crash/test_crash_mending.py
 
 test-vm: $(BIN)/vfsmap ## Boot real kernels on files of a mounted pool
 	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m vm
