@@ -32,6 +32,8 @@ _PATIENCE: Final = 240.0
 _NAMESPACES: Final = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _PRELUDE: Final = """\
 set -u
+# copies of mounts that others have made would keep their servers from ending
+findmnt --raw --noheadings --types fuse.vfsmap --output TARGET | xargs --no-run-if-empty umount -l
 mount -t tmpfs -o mode=755 docs /mnt
 for tree in etc usr; do
   mkdir -p /mnt/.new/$tree /mnt/.work/$tree
