@@ -23,7 +23,7 @@ from vfsmap.testing.waiting import wait_until
 from vfsmap.units import KIB, MIB
 
 OLD, NEW = b"o" * 3 * MIB, b"n" * 4 * KIB
-FAST = 40
+FAST = 20
 """Steps that are tried in a usual run; all of them are in a slow one."""
 
 
