@@ -20,6 +20,7 @@ from vfsmap.daemon.client import Client, close_all, connect
 from vfsmap.errors import Busy, Unsupported
 from vfsmap.mapping.overlay import PrivateWindow
 from vfsmap.testing.commands import Server, served_pool
+from vfsmap.testing.commands import vfsmap as vfsmap_command
 from vfsmap.testing.daemon import Listener
 from vfsmap.testing.media import hugetlbfs, tmpfs
 from vfsmap.testing.users import as_user
@@ -327,6 +328,58 @@ def test_a_pool_on_hugetlbfs_is_mapped_by_its_pages(tmp_path: Path) -> None:
         with vfsmap.map(small, private=True) as window:
             window.view()[0] = 99
         assert small.read_bytes() == pattern(64 * KIB)
+
+
+def test_a_sealed_file_on_hugetlbfs_can_be_mapped_and_verified_however_it_was_written(
+    tmp_path: Path,
+) -> None:
+    with (
+        hugetlbfs("2M", 48) as place,
+        served_pool(place, "64M", "--socket", tmp_path / "s") as own,
+    ):
+        files = [own.directory / name for name in ("small", "odd", "sparse", "empty")]
+        small, odd, sparse, empty = files
+        small.write_bytes(pattern(64 * KIB))
+        with odd.open("wb", buffering=0) as file:
+            for at in range(0, 5 * MIB + 8, 700_000):
+                file.write(pattern(5 * MIB + 8)[at : at + 700_000])
+        with sparse.open("wb", buffering=0) as file:
+            file.seek(7 * MIB)
+            file.write(b"behind a hole")
+        empty.touch()
+        for path in files:
+            content = path.read_bytes()
+            vfsmap_command("seal", path)
+            assert path.read_bytes() == content
+            with vfsmap.map(path, direct=True) as window:
+                assert bytes(window.view()) == content
+            vfsmap_command("verify", path)
+        assert sparse.stat().st_blocks << 9 == 2 * MIB
+        own.unmount()
+        assert "clean" in vfsmap_command("check", own.pool).stdout
+
+
+def test_a_sealed_file_on_hugetlbfs_is_verified_even_if_its_tree_lies_in_pieces(
+    tmp_path: Path,
+) -> None:
+    with (
+        hugetlbfs("2M", 12) as place,
+        served_pool(place, "24M", "--socket", tmp_path / "s") as own,
+    ):
+        path = own.directory / "large"
+        path.write_bytes(pattern(4 * MIB))
+        fillers = []
+        with suppress(OSError):
+            for number in range(2000):
+                fillers.append(own.directory / str(number))
+                fillers[-1].write_bytes(bytes(16 * KIB))
+        for filler in fillers[::2]:
+            filler.unlink()
+        vfsmap_command("seal", path)
+        with connect(own.directory) as client, path.open("rb") as file:
+            answer, _ = client.call("Extents", (file.fileno(),), file=0, tree=True)
+        assert len(answer["extents"]) > 1
+        vfsmap_command("verify", path)
 
 
 # many and hostile ones

@@ -19,6 +19,9 @@ async def seal_file(
 ) -> Descriptor:
     """Fix a file's content for ever, and return what fixes it; durable when it returns.
 
+    What is sealed can't move any more, so on a medium of large pages it is moved into whole pages
+    first, that it can be mapped.
+
     Raises:
         Exists, Busy: it can't be sealed now.
         NoSpace, ReadOnly, MediumError.
@@ -26,6 +29,9 @@ async def seal_file(
     Crash: sealed, with its whole tree, or not sealed.
     """
     with fs.frozen(ino) as inode:
+        for unit in fs.unmappable_units(ino):
+            fs.make_mappable(ino, unit)
+            await trio.lowlevel.checkpoint()
         hasher = Hasher(
             parameters.algorithm, block_size=parameters.block_size, salt=parameters.salt
         )

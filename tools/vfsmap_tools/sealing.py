@@ -91,15 +91,18 @@ def _seal_of(file: Path) -> tuple[Descriptor, bytes]:
         if not answer["sealed"]:
             raise Invalid(f"{file} is not sealed; seal it with: vfsmap seal {file}")
         descriptor = Descriptor.decode(bytes.fromhex(answer["descriptor"]))
-        extents = [Extent(**extent) for extent in answer["extents"]]
+        extents = [Extent(**extent)._replace(offset=0) for extent in answer["extents"]]
         if not extents:
             return descriptor, b""
         granted, descriptors = client.call("Map", (opened.fileno(),), file=0)
         medium = medium_of(granted["medium"])
-        length = sum(extent.length for extent in extents)
+        tree = b""
         try:
-            with Window(descriptors[granted["pool"]], extents, length, medium) as window:
-                return descriptor, bytes(window.view())
+            for extent in extents:  # one by one: on large pages they may not fit beside each other
+                fd = descriptors[granted["pool"]]
+                with Window(fd, [extent], extent.length, medium) as window:
+                    tree += window.view()
+            return descriptor, tree
         finally:
             for fd in descriptors:
                 os.close(fd)

@@ -32,7 +32,7 @@ from vfsmap.errors import (
 from vfsmap.mapping.overlay import PrivateWindow
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import Medium, detect
-from vfsmap.units import LEVELS, PTE, Extent, Level, align_down, align_up, format_size
+from vfsmap.units import PTE, Extent, Level, align_down, align_up, format_size
 
 
 class _Request(NamedTuple):
@@ -55,8 +55,7 @@ class _Request(NamedTuple):
         more |= {"offset": self.offset, "level": self.level, "populate": self.populate}
         if self.private:
             more.pop("on_publish", None)
-            smallest = next(lv for lv in LEVELS if lv.size >= medium.page_size)
-            return PrivateWindow(fd, extents, length, medium, cow=self.cow or smallest, **more)
+            return PrivateWindow(fd, extents, length, medium, cow=self.cow or medium.level, **more)
         more |= {"writable": self.writable, "sealed": self.sealed}
         return Window(fd, extents, length, medium, **more)
 

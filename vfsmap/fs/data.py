@@ -181,6 +181,36 @@ class Data(Placing):
         first, last = align_down(offset, level.size), align_up(offset + length, level.size)
         return all(lies_in_unit(map_, unit, level) for unit in range(first, last, level.size))
 
+    def unmappable_units(self, ino: int) -> list[int]:
+        """Return the file offsets of what the medium, for its large pages, can't map as it lies."""
+        level = self.pool.pmem.medium.level
+        if level == PTE:
+            return []
+        map_ = self.map_of(ino)
+        units = {
+            unit
+            for piece in map_.pieces
+            for unit in range(align_down(piece.offset, level.size), piece.end, level.size)
+        }
+        return sorted(unit for unit in units if not lies_in_unit(map_, unit, level))
+
+    def make_mappable(self, ino: int, unit: int) -> None:
+        """Move one of the :meth:`unmappable_units` of a file that is about to be sealed.
+
+        Raises:
+            NoSpace: there is none.
+            Busy: it is leased.
+            ReadOnly.
+
+        Crash: the file is the same; it lies where it lay, or in the unit.
+        """
+        inode, map_ = self.file(ino), self.map_of(ino)
+        with self.change() as tx:
+            edit = Edit(tx, ino, map_)
+            self.place_unit(tx, edit, inode, unit, self.pool.pmem.medium.level)
+            self._put_mapped(tx, inode, edit)
+        self._remember_map(inode, edit)
+
     def extents(self, ino: int, offset: int = 0, length: int | None = None) -> list[Extent]:
         """Return what is allocated in a range, ascending by file offset; holes are left out."""
         self.file(ino)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vfsmap.errors import Unsupported
-from vfsmap.units import KIB, MIB, parse_size
+from vfsmap.units import KIB, LEVELS, MIB, Level, parse_size
 
 MAP_SHARED_VALIDATE = 0x03
 MAP_SYNC = 0x80000  # include/uapi/asm-generic/mman-common.h
@@ -58,6 +58,11 @@ class Medium(NamedTuple):
     """The huge-page policy of a tmpfs (``always``, ``within_size``, ``advise``, ``never``)."""
     kept: int = 0
     """Bytes of huge pages that the kernel keeps for this hugetlbfs (its option ``min_size``)."""
+
+    @property
+    def level(self) -> Level:
+        """The smallest page-table entries that can map it."""
+        return next(level for level in LEVELS if level.size >= self.page_size)
 
     @property
     def promise(self) -> Promise:

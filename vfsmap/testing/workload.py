@@ -114,6 +114,12 @@ def _unpin(c: Context) -> None:
         c.fs.unpin(c.pins.pop())
 
 
+def _make_mappable(c: Context, path: str) -> None:
+    ino = c.ino(path)
+    for unit in c.fs.unmappable_units(ino):
+        c.fs.make_mappable(ino, unit)
+
+
 def _seal(c: Context, path: str) -> None:
     ino = c.ino(path)
     hasher = Hasher(block_size=1024)
@@ -230,6 +236,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "allocate-large": lambda c: c.fs.allocate(c.ino("s"), 0, 3 * MIB),
     "allocate-hole": lambda c: c.fs.allocate(c.ino("s"), 0, 20_000),
     "allocate-unit": lambda c: c.fs.allocate(c.ino("b"), 0, 100, level=PMD),
+    "make-mappable": lambda c: _make_mappable(c, "b"),
     "allocate-aligned": lambda c: c.fs.allocate(c.ino("h/e"), 0, 5000),
     "fill": _fill,
     "set-attribute": lambda c: c.fs.setxattr(c.ino("a"), b"user.new", b"value"),
