@@ -6,6 +6,7 @@ import trio
 
 from vfsmap.errors import VfsmapError
 from vfsmap.pool import Pool
+from vfsmap.pool.journal import Commit
 
 log = logging.getLogger("vfsmap")
 INTERVAL = 5.0
@@ -36,7 +37,7 @@ class Committer:
             commit = self._pool.begin_commit()
             try:
                 if self._pool.grouped:
-                    await trio.to_thread.run_sync(commit.run)
+                    await _run_elsewhere(commit)
                 else:
                     commit.run()
             finally:
@@ -52,3 +53,10 @@ class Committer:
                     await self.sync()
                 except VfsmapError as exc:
                     log.error("the pool is read-only from now on: %s", exc)
+
+
+async def _run_elsewhere(commit: Commit) -> None:
+    try:
+        await trio.to_thread.run_sync(commit.run)
+    except RuntimeError:  # there is no memory for another thread
+        commit.run()

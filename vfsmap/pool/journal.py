@@ -426,7 +426,15 @@ class Commit:
             journal.pmem.persist(at, self._log.tail - at)  # the commit point
 
     def finish(self) -> None:
-        """Free what the group freed; in the owner's thread, after ``run``."""
+        """Free what the group freed; in the owner's thread, after ``run``.
+
+        What nobody has run, as whoever was to do it was cancelled or got no thread, is run here.
+
+        Raises:
+            MediumError: the medium refused; the pool is read-only from now on.
+        """
+        if not self._ran:
+            self.run()
         if self._superblock is not None:
             self._journal.switched(self._superblock)
             self._superblock = None
