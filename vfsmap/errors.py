@@ -195,3 +195,11 @@ class Crashed(VfsmapError):
     """Code that ran in a process of its own did something that ended it."""
 
     errno = linux.EIO
+
+
+def shortage(exc: BaseException) -> int:
+    """Return the errno of a want of memory or descriptors in this process, 0 of anything else."""
+    if isinstance(exc, MemoryError):
+        return linux.ENOMEM
+    number = exc.errno if isinstance(exc, OSError) else None
+    return number if number in (linux.EMFILE, linux.ENFILE, linux.ENOMEM) else 0

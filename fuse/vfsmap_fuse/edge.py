@@ -2,19 +2,21 @@
 
 A handler is written as a plain method of something that has a ``fs``; the decorators here make it
 what pyfuse3 calls.  Each request is counted under its handler's name.  A VfsmapError is answered
-with its errno.  Anything else is a bug of ours: it is logged with its traceback and answered with
-EIO, and the pool turns read-only, since nobody knows what the bug has left behind; the mount lives
-on.
+with its errno, and a want of memory or descriptors with that, when the pool is known to be as it
+was.  Anything else is a bug of ours: it is logged with its traceback and answered with EIO, and the
+pool turns read-only, since nobody knows what the bug has left behind; the mount lives on.
 """
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from pyfuse3 import FUSEError
 
-from vfsmap.errors import MediumError, ReadOnly, VfsmapError
+from vfsmap.errors import MediumError, ReadOnly, VfsmapError, shortage
 from vfsmap.fs import FileSystem
 from vfsmap.tally import Tallies, clock
 
@@ -42,11 +44,12 @@ def answered(
     @wraps(handler)
     async def answer(self: S, *args: *Ts) -> R:
         began = clock()
+        doubts = self.fs.pool.journal.doubts
         try:
             return handler(self, *args)
         except Exception as exc:
             self.tallies[name].errors += 1
-            raise _answer(self.fs, name, exc) from exc
+            raise _answer(self.fs, name, exc, doubts) from exc
         finally:
             self.tallies[name].note(clock() - began)
 
@@ -62,24 +65,30 @@ def answered_later(
     @wraps(handler)
     async def answer(self: S, *args: *Ts) -> R:
         began = clock()
+        doubts = self.fs.pool.journal.doubts
         try:
             return await handler(self, *args)
         except Exception as exc:
             self.tallies[name].errors += 1
-            raise _answer(self.fs, name, exc) from exc
+            raise _answer(self.fs, name, exc, doubts) from exc
         finally:
             self.tallies[name].note(clock() - began)
 
     return answer
 
 
-def _answer(fs: FileSystem, name: str, exc: Exception) -> FUSEError:
+def _answer(fs: FileSystem, name: str, exc: Exception, doubts: int) -> FUSEError:
     if isinstance(exc, FUSEError):
         return exc
     if isinstance(exc, VfsmapError):
         if isinstance(exc, MediumError):
             log.error("%s: %s", name, exc)
         return FUSEError(exc.errno)
+    short_of = shortage(exc)
+    if short_of and fs.pool.journal.doubts == doubts:
+        with suppress(MemoryError):
+            log.error("%s: %s", name, os.strerror(short_of))
+        return FUSEError(short_of)
     log.error("%s failed on a bug of vfsmap; the mount is read-only now", name, exc_info=exc)
     fs.pool.fail(ReadOnly(f"{name} failed on a bug of vfsmap: {exc!r}; the log says more"))
     return FUSEError(MediumError.errno)

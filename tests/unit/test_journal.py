@@ -2,6 +2,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -10,6 +11,7 @@ from vfsmap.pmem import Medium, Pmem
 from vfsmap.pool import Pool
 from vfsmap.pool.journal import RESERVE
 from vfsmap.pool.layout import USER_TAG
+from vfsmap.pool.log import LogHalf
 from vfsmap.testing.pools import (
     FLUSHED,
     GROUPED,
@@ -194,6 +196,76 @@ def test_transactions_made_while_a_group_is_on_its_way_wait_for_the_next(directo
     commit.finish()
     with killed(pool) as again:
         assert list(again.objects) == first
+
+
+@MEDIA
+def test_a_transaction_that_has_no_memory_to_be_stored_changes_nothing(
+    directory: Path, medium: Medium
+) -> None:
+    pool = make_pool(directory / "pool", 8 * MIB, medium)
+    first = fill(pool, 10)
+    pool.sync()
+    free = pool.space.free_bytes
+    with (
+        mock.patch.object(pool.journal, "_make_room", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+        pool.transaction() as tx,
+    ):
+        tx.allocate("1M")
+    assert pool.failed is None
+    assert pool.space.free_bytes == free
+    first += fill(pool, 10)
+    pool.sync()
+    with killed(pool) as again:
+        assert list(again.objects) == first
+
+
+def test_a_transaction_that_is_stored_but_not_noted_for_want_of_memory_turns_the_pool_read_only(
+    directory: Path,
+) -> None:
+    pool = make_pool(directory / "pool", 8 * MIB, STORED)
+    with (
+        mock.patch.object(pool.journal, "_free", side_effect=MemoryError),
+        pytest.raises(MemoryError),
+    ):
+        fill(pool, 1)
+    with pytest.raises(ReadOnly, match="no memory"):
+        fill(pool, 1)
+
+
+def test_a_checkpoint_that_has_no_memory_for_a_slice_is_given_up(directory: Path) -> None:
+    pool = make_pool(directory / "pool", 8 * MIB, STORED)
+    oids = fill(pool, 2000, size=100)
+    pool.journal._start_checkpoint()
+    with mock.patch.object(LogHalf, "append", side_effect=MemoryError), suppress(MemoryError):
+        pool.journal.compact()
+    assert pool.journal._checkpoint is None
+    pool.journal.compact()
+    with killed(pool) as again:
+        assert list(again.objects) == oids
+
+
+def test_a_group_that_was_begun_and_never_run_is_written_when_it_is_finished(
+    directory: Path,
+) -> None:
+    pool = make_pool(directory / "pool", 8 * MIB, GROUPED)
+    first = fill(pool, 10)
+    pool.begin_commit().finish()  # whoever was to run it was cancelled
+    with killed(pool) as again:
+        assert list(again.objects) == first
+
+
+def test_a_group_whose_writing_is_broken_off_is_no_success_to_anybody(directory: Path) -> None:
+    pool = make_pool(directory / "pool", 8 * MIB, GROUPED)
+    fill(pool, 10)
+    commit = pool.begin_commit()
+    with mock.patch.object(pool.pmem, "sync", side_effect=MemoryError):
+        for _ in range(2):
+            with pytest.raises(MediumError, match="broken off"):
+                commit.run()
+    commit.finish()
+    with pytest.raises(ReadOnly):
+        fill(pool, 1)
 
 
 def test_a_group_on_its_way_counts_when_the_log_gets_full(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from types import SimpleNamespace
 from typing import cast
 
 import pyfuse3
@@ -18,6 +19,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.failed: VfsmapError | None = None
+        self.journal = SimpleNamespace(doubts=0)
 
     def fail(self, reason: VfsmapError) -> None:
         self.failed = reason
@@ -28,6 +30,7 @@ class Handlers:
 
     def __init__(self, failure: Exception | None) -> None:
         self._failure = failure
+        self.changes = 0
         self.pool = Pool()
         self.fs = cast("FileSystem", self)
         self.tallies = Tallies()
@@ -41,6 +44,7 @@ class Handlers:
         return self._do(number)
 
     def _do(self, number: int) -> int:
+        self.pool.journal.doubts += self.changes
         if self._failure:
             raise self._failure
         return number + 1
@@ -60,9 +64,12 @@ async def test_a_result_is_passed_on(handler: str) -> None:
         (ReadOnly("x"), errno.EROFS),
         (MediumError("x"), errno.EIO),
         (pyfuse3.FUSEError(errno.ENOSYS), errno.ENOSYS),
+        (MemoryError(), errno.ENOMEM),
+        (OSError(errno.EMFILE, "x"), errno.EMFILE),
+        (OSError(errno.ENFILE, "x"), errno.ENFILE),
     ],
 )
-async def test_an_error_of_ours_becomes_its_errno_and_nothing_else_happens(
+async def test_an_error_of_ours_or_a_shortage_becomes_its_errno_and_nothing_else_happens(
     handler: str, failure: Exception, number: int
 ) -> None:
     handlers = Handlers(failure)
@@ -85,6 +92,16 @@ async def test_a_bug_is_logged_answered_with_eio_and_turns_the_pool_read_only(
     (record,) = caplog.records
     assert record.exc_info is not None
     assert f"{handler} failed on a bug of vfsmap" in record.getMessage()
+
+
+@pytest.mark.parametrize("handler", ["now", "later"])
+async def test_a_shortage_once_the_pool_has_changed_turns_it_read_only(handler: str) -> None:
+    handlers = Handlers(MemoryError())
+    handlers.changes = 1
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await getattr(handlers, handler)(1)
+    assert caught.value.errno == errno.EIO
+    assert isinstance(handlers.pool.failed, ReadOnly)
 
 
 @pytest.mark.parametrize("handler", ["now", "later"])

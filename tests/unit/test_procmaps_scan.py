@@ -1,5 +1,6 @@
 """The scan against real processes that map a real pool."""
 
+import errno
 import mmap
 import os
 import subprocess
@@ -117,3 +118,14 @@ def test_a_range_is_covered_when_one_byte_of_it_is_mapped(
     start: int, length: int, covered: bool
 ) -> None:
     assert Scan([Mapped(8 * KIB, 4 * KIB, 1)], set()).covers(start, length) is covered
+
+
+def test_a_process_that_cannot_be_looked_at_for_want_of_descriptors_is_not_taken_for_gone(
+    pmem: Pmem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_descriptors(pid: int) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("vfsmap.pmem.procmaps._maps_of", out_of_descriptors)
+    with pytest.raises(OSError, match="Too many open files"):
+        scan(pmem)

@@ -26,7 +26,7 @@ from vfsmap.daemon.varlink import (
     description,
     error_reply,
 )
-from vfsmap.errors import ProtocolError, VfsmapError
+from vfsmap.errors import NoMemory, ProtocolError, VfsmapError, shortage
 from vfsmap.tally import Tallies, clock
 
 log = logging.getLogger("vfsmap.daemon")
@@ -239,9 +239,13 @@ class Server:
             reply = Reply(answer.parameters)
         except (VfsmapError, VarlinkError) as exc:
             reply = error_reply(exc)
-        except Exception:
-            log.exception("%s failed", call.method)
-            reply = error_reply(VfsmapError("this is a bug in the daemon; its log has more"))
+        except Exception as exc:
+            if number := shortage(exc):
+                log.error("%s: %s", call.method, os.strerror(number))
+                reply = error_reply(NoMemory(f"the daemon is out of it: {os.strerror(number)}"))
+            else:
+                log.exception("%s failed", call.method)
+                reply = error_reply(VfsmapError("this is a bug in the daemon; its log has more"))
         if not call.oneway:
             await connection.send(reply, answer.descriptors)
         return True

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from vfsmap.errors import Busy, Invalid, TooBig
+from vfsmap.errors import Busy, Invalid, NoMemory, TooBig
 from vfsmap.fs.filemap import Edit, FileMap
 from vfsmap.fs.inode import Inode
 from vfsmap.fs.placing import Placing, grows_large, lies_in_unit
@@ -288,8 +288,12 @@ class Data(Placing):
 
     def _remember_map(self, inode: Inode, edit: Edit | None) -> None:
         if edit is not None:
+            try:
+                self._maps[inode.ino] = FileMap(edit.pieces, edit.allocated)
+            except MemoryError:  # what is in memory is not what is in the pool any more
+                self.pool.fail(NoMemory("there was no memory to note where a file lies"))
+                raise
             self._extents.pop(inode.ino, None)
-            self._maps[inode.ino] = FileMap(edit.pieces, edit.allocated)
 
     def _kept_end(self, map_: FileMap, size: int) -> int:
         """Return from where on a file cut to ``size`` needs no extents."""

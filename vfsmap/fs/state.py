@@ -257,8 +257,8 @@ class State:
 
     def undone(self) -> None:
         """Forget what a change that failed may have touched."""
-        self.forget_inodes()
         self._clean_tails.clear()
+        self.forget_inodes()
 
     def remember(self, inode: Inode) -> None:
         """Keep an inode at hand."""
@@ -280,8 +280,8 @@ class State:
         map_ = self._maps.get(ino)
         if map_ is None:
             pieces = self._pieces(ino)
-            self._extents.pop(ino, None)
             map_ = self._maps[ino] = FileMap(pieces, sum(piece.length for piece in pieces))
+            self._extents.pop(ino, None)
         return map_
 
     def _pieces(self, ino: int) -> list[Piece]:

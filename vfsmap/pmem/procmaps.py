@@ -41,7 +41,11 @@ class Scan(NamedTuple):
 
 
 def scan(pmem: Pmem) -> Scan:
-    """Return every window over the pool that any process has; other threads may run meanwhile."""
+    """Return every window over the pool that any process has; other threads may run meanwhile.
+
+    Raises:
+        OSError: there is no free descriptor, or no memory, to look.
+    """
     found: list[Mapped] = []
     unreadable: set[int] = set()
     wanted = _identity(address_of(pmem.view))
@@ -57,7 +61,7 @@ def scan(pmem: Pmem) -> Scan:
                 maps = _maps_of(pid)
             except PermissionError:
                 unreadable.add(pid)
-            except OSError:  # it has ended meanwhile
+            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
                 pass
             else:
                 if wanted in maps:

@@ -48,6 +48,9 @@ class Journal:
         self._pending_free: list[Run] = []
         self._in_flight: Commit | None = None
         self.io = threading.Lock()
+        self.doubts = 0
+        """Grows whenever an operation that ends for want of memory from now on would leave what is
+        held here, or by those above, half changed."""
 
     @property
     def superblock(self) -> Superblock:
@@ -147,6 +150,7 @@ class Journal:
         size = sum(map(len, records))
         self._make_room(size, growth)
         if self.grouped:
+            self.doubts += 1
             self._pending += records
             self._pending_bytes += size
             self._pending_free += freed
@@ -164,15 +168,21 @@ class Journal:
     def _store(self, records: list[bytes]) -> None:
         try:
             self.pmem.fence()  # the data that the records speak of comes first
-            at = self.log.append(records, self.next_oid)
+            batch = self.log.batch(records, self.next_oid)
+            self.doubts += 1
+            at = self.log.store(batch)
             self.pmem.persist(at, self.log.tail - at)  # the commit point
         except VfsmapError as exc:
             self.fail(exc)
             raise
 
     def _free(self, runs: list[Run]) -> None:
-        for start, length in runs:
-            self.space.free(start, length)
+        try:
+            for start, length in runs:
+                self.space.free(start, length)
+        except MemoryError:
+            self.doubts += 1
+            raise
 
     # room in the log
 
@@ -215,6 +225,9 @@ class Journal:
             try:
                 taken.extend(Place(*self.space.take(length, level)) for _ in range(2))
                 return taken[0], taken[1]
+            except MemoryError:
+                self.doubts += 1
+                raise
             except NoSpace:
                 self._free([(place.start, place.length) for place in taken])
         return None
@@ -231,10 +244,15 @@ class Journal:
 
     def _advance(self, checkpoint: Checkpoint, records: list[bytes], size: int) -> None:
         """Copy a slice: enough, for every byte logged, to be done before the log is full."""
-        fits = checkpoint.follow(records, self.next_oid)
-        if not (fits and checkpoint.copy(max(_SLICE, 16 * size), self.next_oid)):
-            self._drop_checkpoint()
-        elif checkpoint.done and not self.grouped:
+        fits = False
+        try:
+            fits = checkpoint.follow(records, self.next_oid) and checkpoint.copy(
+                max(_SLICE, 16 * size), self.next_oid
+            )
+        finally:
+            if not fits:
+                self._drop_checkpoint()
+        if fits and checkpoint.done and not self.grouped:
             # the records are durable already: whoever commits next is told that the pool failed
             with suppress(MediumError):
                 self._switch(checkpoint)
@@ -256,23 +274,31 @@ class Journal:
 
     def _drop_checkpoint(self) -> None:
         self._checkpoint = None
-        if self._larger:
-            self._free([(place.start, place.length) for place in self._larger])
-            self._larger = None
+        larger, self._larger = self._larger, None
+        if larger:
+            self._free([(place.start, place.length) for place in larger])
 
     def _finish_checkpoint(self) -> None:
         checkpoint = self._checkpoint or self._start_checkpoint()
-        if not checkpoint.copy_all(self.next_oid):
+        if not self._copy_all(checkpoint):
             # what was copied in slices, and has changed since, took too much room
-            self._drop_checkpoint()
             checkpoint = self._start_checkpoint()
-            if not checkpoint.copy_all(self.next_oid):
-                self._drop_checkpoint()
+            if not self._copy_all(checkpoint):
                 raise NoSpace(_FULL)
         if self.grouped:
             self.sync()
         else:
             self._switch(checkpoint)
+
+    def _copy_all(self, checkpoint: Checkpoint) -> bool:
+        """Copy what is left to copy; where that does not fit, the checkpoint is dropped."""
+        fits = False
+        try:
+            fits = checkpoint.copy_all(self.next_oid)
+        finally:
+            if not fits:
+                self._drop_checkpoint()
+        return fits
 
     def _switch(self, checkpoint: Checkpoint) -> None:
         """Make the checkpoint's half the active one.
@@ -280,6 +306,7 @@ class Journal:
         Crash: the old half, whole, or the new one; they replay to the same objects.
         """
         half = checkpoint.half
+        self.doubts += 1
         try:
             self.pmem.persist(half.place.start, half.tail - half.place.start)
             new = self.write_switched(half)
@@ -318,6 +345,7 @@ class Journal:
     def begin_commit(self) -> "Commit":
         """Take what is pending; the commit's ``run`` may then block in another thread."""
         self._settle()
+        self.doubts += 1
         checkpoint = self._checkpoint
         switch = self.grouped and checkpoint is not None and checkpoint.done
         if checkpoint and switch:
@@ -411,6 +439,9 @@ class Commit:
                 except VfsmapError as exc:
                     self._error = exc
                     self._journal.fail(exc)
+                except MemoryError as exc:
+                    self._error = MediumError(f"a group commit was broken off: {exc!r}")
+                    self._journal.fail(self._error)
         if self._error is not None:
             raise self._error
 

@@ -55,13 +55,25 @@ class LogHalf:
 
         Crash: the batch is wholly there, or replay ends in front of it.
         """
+        return self.store(self.batch(records, next_oid))
+
+    def batch(self, records: Sequence[bytes], next_oid: int) -> bytes:
+        """Return the next batch; what takes memory is done with it."""
         body = b"".join(records)
-        at = self.tail
-        end = at + BATCH.size + len(body)
-        assert end <= self._end, "a batch that does not fit would overwrite what is behind"
-        head = BATCH.pack(BATCH_MAGIC, 0, self.generation, self.sequence, end - at, next_oid)
+        length = BATCH.size + len(body)
+        head = BATCH.pack(BATCH_MAGIC, 0, self.generation, self.sequence, length, next_oid)
         checksum = batch_checksum(head, body, self._salt)
-        self._pmem.store(at, b"%b%b%b%b" % (head[:4], _CHECKSUM.pack(checksum), head[8:], body))
+        return b"%b%b%b%b" % (head[:4], _CHECKSUM.pack(checksum), head[8:], body)
+
+    def store(self, batch: bytes) -> int:
+        """Store the next batch; otherwise as :meth:`append`.
+
+        Crash: the batch is wholly there, or replay ends in front of it.
+        """
+        at = self.tail
+        end = at + len(batch)
+        assert end <= self._end, "a batch that does not fit would overwrite what is behind"
+        self._pmem.store(at, batch)
         self.tail = end
         self.sequence += 1
         return at

@@ -4,7 +4,7 @@ import ctypes
 from types import TracebackType
 from typing import Self
 
-from vfsmap.errors import Invalid, NoSpace, NotFound
+from vfsmap.errors import Invalid, NoMemory, NoSpace, NotFound
 from vfsmap.pool.journal import Journal
 from vfsmap.pool.layout import (
     EXTENT,
@@ -53,20 +53,29 @@ class Transaction:
         Raises:
             NoSpace: the log can't hold them.
             ReadOnly: the pool can't be written.
+            MemoryError: nothing has changed, or the pool is read-only from now on.
 
         Crash: all changes or none; on a grouped medium they are durable with the next group.
         """
+        journal = self._journal
+        doubts = journal.doubts
         try:
             if self._put or self._ended:
-                self._journal.apply(self._put, self._ended, self._freed)
-        except BaseException:
+                journal.apply(self._put, self._ended, self._freed)
+        except BaseException as exc:
+            if isinstance(exc, MemoryError) and journal.doubts != doubts:
+                journal.fail(NoMemory("there was no memory to end a transaction"))
             self.abort()
             raise
 
     def abort(self) -> None:
         """Give everything taken back."""
-        for start, length in self._taken:
-            self._journal.space.free(start, length)
+        try:
+            for start, length in self._taken:
+                self._journal.space.free(start, length)
+        except BaseException:
+            self._journal.doubts += 1
+            raise
         self._taken.clear()
         self._put.clear()
         self._ended.clear()
@@ -111,6 +120,9 @@ class Transaction:
             if not self._journal.reclaim(minimum or length):
                 raise
             start, got = space.take(length, level, goal=goal, minimum=minimum)
+        except MemoryError:
+            self._journal.doubts += 1
+            raise
         self._taken.append((start, got))
         return start, got
 
