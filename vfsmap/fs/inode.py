@@ -73,19 +73,7 @@ class Inode:
 
     def encode(self) -> bytes:
         """Return the payload of the inode's record."""
-        return _FIELDS.pack(
-            self.mode,
-            self.nlink,
-            self.uid,
-            self.gid,
-            self.rdev,
-            self.flags,
-            self.size,
-            self.atime_ns,
-            self.mtime_ns,
-            self.ctime_ns,
-            self.btime_ns,
-        )
+        return self.record()[RECORD.size :]
 
     def record(self) -> bytes:
         """Return the inode's record, header and all."""
