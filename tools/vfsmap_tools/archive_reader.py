@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-from vfsmap.daemon.client import mounter_of
+from vfsmap.daemon.client import SEAL_XATTR, mounter_of
 from vfsmap.errors import Damaged, Invalid
 from vfsmap_tools import archive
-from vfsmap_tools.copying import ALIGN_XATTR, SEAL_XATTR
+from vfsmap_tools.copying import ALIGN_XATTR
 
 _TRUSTED: Final = ("trusted.", "security.", "system.")
 _NODES: Final = {

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
+from vfsmap.daemon.client import SEAL_XATTR
 from vfsmap.errors import Busy
 from vfsmap_tools import archive
-from vfsmap_tools.copying import ALIGN_XATTR, SEAL_XATTR
+from vfsmap_tools.copying import ALIGN_XATTR
 
 _TRIES: Final = 3
 _ABSENT: Final = (errno.ENODATA, errno.ENOTSUP)

@@ -9,14 +9,13 @@ from pathlib import Path
 import click
 from rich.progress import Progress, TaskID
 
-from vfsmap.daemon.client import mounter_of
+from vfsmap.daemon.client import SEAL_XATTR, mounter_of
 from vfsmap.errors import Exists, Invalid, NotFound
 from vfsmap.units import Level, format_size
 from vfsmap_tools.console import LEVEL, errors_exit, progress
 
 PATH = click.Path(path_type=Path)
 ALIGN_XATTR = "user.vfsmap.align"
-SEAL_XATTR = "user.vfsmap.seal"
 SEALING_XATTR = "user.vfsmap.sealing"
 _PIECE = 1 << 20
 _NOT_COPIED = (errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.ENODATA)

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 import vfsmap
-from vfsmap.daemon.client import connect, medium_of
+from vfsmap.daemon.client import SEAL_XATTR, connect, medium_of
 from vfsmap.errors import Damaged, Exists, Invalid
 from vfsmap.mapping.window import Window
 from vfsmap.units import KIB, MIB, Extent
 from vfsmap.verity import ALGORITHMS, Descriptor, Parameters, Verifier, blocks
 from vfsmap_tools.console import SIZE, errors_exit, json_option, print_facts, progress
-from vfsmap_tools.copying import SEAL_XATTR, require_on_pool
+from vfsmap_tools.copying import require_on_pool
 
 PATH = click.Path(path_type=Path)
 _SLICE = 8 * MIB

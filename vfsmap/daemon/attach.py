@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from vfsmap.daemon.client import (
+    SEAL_XATTR,
     Client,
     clients,
     close_all,
@@ -25,6 +26,7 @@ from vfsmap.errors import (
     NotFound,
     ProtocolError,
     ReadOnly,
+    Sealed,
     Unsupported,
     Untrusted,
     VfsmapError,
@@ -235,6 +237,14 @@ def _refused(exc: OSError, path: str) -> VfsmapError:
         errno.EROFS: ReadOnly,
         errno.EIO: MediumError,
     }
+    if exc.errno == errno.EPERM and _is_sealed(path):
+        return Sealed(f"{path} is sealed: its content can't change any more")
     kind = kinds.get(exc.errno or 0, Invalid)
-    hint = "; it is sealed, or not yours to open so" if exc.errno == errno.EPERM else ""
-    return kind(f"{path}: {exc.strerror}{hint}")
+    return kind(f"{path}: {exc.strerror}")
+
+
+def _is_sealed(path: str) -> bool:
+    try:
+        return bool(os.getxattr(path, SEAL_XATTR))
+    except OSError:
+        return False

@@ -34,6 +34,7 @@ from vfsmap.daemon.varlink import (
 from vfsmap.errors import DaemonUnreachable, Invalid, NotFound, ProtocolError, VfsmapError
 from vfsmap.pmem import Commit, Medium, libc
 
+SEAL_XATTR: Final = "user.vfsmap.seal"
 SOCKET_XATTR: Final = "user.vfsmap.socket"
 _RECEIVE: Final = 1 << 18
 _FILESYSTEM_TYPE: Final = "fuse.vfsmap"

@@ -250,7 +250,7 @@ class Group:
             return None
         error = 0
         if writable and ino in self._sealed:
-            error = errno.EACCES  # of Denied, since opening it for writing is refused
+            error = errno.EPERM
         elif writable and self._has_cached_writer(ino):
             error = errno.EBUSY
         slot, worker = next(self._slots), self._worker()
