@@ -31,7 +31,7 @@ soak: $(BIN)/vfsmap ## Crash and damage pools for an hour: the figures of docs/r
 	$(BIN)/pytest -q -m slow tests/property/test_check_damage.py tests/crash/test_crash_mending.py
 
 test-vm: $(BIN)/vfsmap ## Boot real kernels on files of a mounted pool
-	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m vm
+	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m vm -n auto
 
 test-kill: $(BIN)/vfsmap ## Kill a mount's server under eight writers, and the writers of a crash log
 	for medium in tmpfs hugetlbfs ext4; do \
