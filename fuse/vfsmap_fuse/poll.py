@@ -4,7 +4,7 @@ pyfuse3 looks ``trio`` up in its own module whenever it waits (its asyncio suppo
 name there).  Two things cost it most of a small request's time: each wait passes through trio's
 scheduler several times, and the server falls asleep between two requests of a busy client.  The
 stand-in's lock does not pass through the scheduler while nobody waits for it, and its
-``wait_readable`` polls the session's descriptor for some 40 us before it goes to sleep.
+``wait_readable`` polls the session's descriptor for some 200 us before it goes to sleep.
 
 A wait that polls also watches the descriptor that trio itself sleeps on, and gives way at once
 when another task's I/O is ready, and every millisecond in any case.
@@ -26,9 +26,11 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-SPIN_NS: Final = 40_000
-"""How long a wait stays awake.  Longer gained nothing: a busy client is back in 5 to 30 us."""
-BUSY_NS: Final = 100_000
+SPIN_NS: Final = 200_000
+"""How long a wait stays awake.  A busy client is back in 5 to 30 us where processors are busy, but
+in a quiet virtual machine its processor has to be woken first: then 40 us caught half of the
+requests, and 500 us no more than 200."""
+BUSY_NS: Final = 400_000
 """A pause is short when it is shorter than this, falling asleep and waking up included."""
 _PAST: Final = 0b111
 """How many pauses are looked back on, one bit for each, set when it was short."""

@@ -13,7 +13,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
@@ -54,6 +55,8 @@ def _drawn(rng: random.Random, names: list[str]) -> Iterator[Workload]:
 
 def _work(seed: int, skip: int, worker: int, workers: int, until: float, pipe: Connection) -> None:
     """Run every ``workers``-th workload, and send the tally after each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who sums up hears it, and ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     hunters: dict[str, tuple[Hunter, Tally]] = {}
     mine = itertools.islice(workloads(seed), skip + worker, None, workers)
     for done, workload in enumerate(mine, 1):
@@ -149,6 +152,14 @@ def _run(
         multiprocessing.Process(target=_work, args=arguments, daemon=True).start()
         theirs.close()
         pipes[ours] = worker
+    with suppress(KeyboardInterrupt):
+        _listen(pipes, summary, lambda: _save(state, summary, workers))
+    _save(state, summary, workers)
+    return summary
+
+
+def _listen(pipes: dict[Connection, int], summary: Summary, save: Callable[[], None]) -> None:
+    """Take in what workers tell, until all have ended."""
     reported = time.monotonic()
     while pipes:
         for ready in wait(list(pipes), timeout=_REPORT_SECONDS):
@@ -161,9 +172,7 @@ def _run(
         if time.monotonic() - reported >= _REPORT_SECONDS:
             reported = time.monotonic()
             click.echo(summary.line())
-            _save(state, summary, workers)
-    _save(state, summary, workers)
-    return summary
+            save()
 
 
 def _save(state: Path | None, summary: Summary, workers: int) -> None:
@@ -199,7 +208,7 @@ def main(seed: int, minutes: float, jobs: int, state: Path | None, replay: str |
     """Hunt for crashes that lose something."""
     if replay:
         sys.exit(_replay(replay))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers end as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either ends it with a summary
     before: dict[str, Any] = {}
     if state and state.exists():
         before = json.loads(state.read_text())
