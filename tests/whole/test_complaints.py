@@ -184,4 +184,4 @@ def test_a_file_is_sealed_once_and_never_written_again(server: Server) -> None:
     path.write_bytes(b"text")
     vfsmap("seal", path)
     assert f"vfsmap verify {path}" in complaint("seal", path, code=1)
-    assert "it is sealed" in complaint("map", path, "--write", code=1)
+    assert f"{path} is sealed" in complaint("map", path, "--write", code=1)
