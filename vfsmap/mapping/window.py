@@ -91,29 +91,33 @@ class Window:
         self._on_close = on_close
         self._on_drop = on_drop
         self._on_publish = on_publish
-        self.layout = EMPTY
-        if length != 0:
-            self.layout = arrange(
-                self.extents,
-                offset,
-                length,
-                page_size=medium.page_size,
-                levels=_allowed(medium, limit),
-                holes=private or not writable,
-            )
+        self.layout = self._arranged(offset) if length else EMPTY
+        self._map(fd, level, populate)
+        self.closed = False
+
+    def _arranged(self, offset: int) -> Layout:
+        return arrange(
+            self.extents,
+            offset,
+            self.length,
+            page_size=self.medium.page_size,
+            levels=_allowed(self.medium, self.limit),
+            holes=self.private or not self.writable,
+        )
+
+    def _map(self, fd: int, level: Level | None, populate: bool) -> None:
         # of what a page cache holds nothing is certain before it is mapped
-        certain = medium.name != "page cache"
+        certain = self.medium.name != "page cache"
         if level is not None and certain:
             self.plan().require(level)
-        self._base = reserve(self.layout) if length else 0
+        self._base = reserve(self.layout) if self.length else 0
         with self._whole_or_not():
             self._fill(fd)
             if populate or (level is not None and not certain):
                 self._populate()
                 self._require(level)
-            if sealed and length:
+            if self.sealed and self.length:
                 self._seal()
-        self.closed = False
 
     @property
     def address(self) -> int:

@@ -3,25 +3,22 @@
 import ctypes
 import ctypes.util
 import errno
-import fcntl
 import mmap
 import os
 from functools import cache
 from pathlib import Path
 from typing import Protocol, Self
 
-from vfsmap.errors import (
-    Denied,
-    Exists,
-    Invalid,
-    MediumError,
-    NoSpace,
-    NotFound,
-    PoolInUse,
-    Unsupported,
-    VfsmapError,
-)
+from vfsmap.errors import Exists, Invalid, MediumError, Unsupported
 from vfsmap.pmem import libc
+from vfsmap.pmem.files import (
+    lock,
+    open_file,
+    persist_name,
+    require_promise,
+    set_size,
+    translated,
+)
 from vfsmap.pmem.medium import (
     MAP_SHARED_VALIDATE,
     MAP_SYNC,
@@ -34,7 +31,6 @@ from vfsmap.pmem.medium import (
 from vfsmap.units import KIB, MIB, align_down, align_up, format_size
 
 _PAGE = 4 * KIB
-_LOCKS = Path("/proc/locks")
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages")
 _ZEROS = bytes(2 * MIB)
 _EMPTY = "{0} is empty, and no pool; make one with: vfsmap format {0} --size 8G --force"
@@ -110,15 +106,15 @@ class Pmem:
                 the promise.
         """
         path = Path(path)
-        fd = _open(path, os.O_RDWR if writable else os.O_RDONLY)
+        fd = open_file(path, os.O_RDWR if writable else os.O_RDONLY)
         try:
             medium = detect(fd)
-            _require_promise(medium, promise, path)
+            require_promise(medium, promise, path)
             if medium.name == "hugetlbfs" and os.fstat(fd).st_blocks == 0:
                 # reading a page that is not there would take one, or raise SIGBUS
                 raise Invalid(_EMPTY.format(path))
             if writable:
-                _lock(fd, path)
+                lock(fd, path)
             return cls(fd, path, writable=writable, medium=medium)
         except BaseException:
             os.close(fd)
@@ -151,20 +147,20 @@ class Pmem:
         existed = path.exists()
         if existed and not device and not replace:
             raise Exists(f"{path} exists; to destroy what it holds, use --force (replace=True)")
-        fd = _open(path, flags)
+        fd = open_file(path, flags)
         try:
             medium = detect(fd)
-            _lock(fd, path)
-            _require_promise(medium, promise, path)
+            lock(fd, path)
+            require_promise(medium, promise, path)
             if not device:
                 if size % medium.page_size:
                     raise Invalid(
                         f"size {format_size(size)} is not a multiple of the medium's page size, "
                         f"{format_size(medium.page_size)}"
                     )
-                _set_size(fd, path, size, os.fstat(fd).st_size)
+                set_size(fd, path, size, os.fstat(fd).st_size)
                 if not existed and medium.promise is Promise.POWER:
-                    _persist_name(path)
+                    persist_name(path)
             return cls(fd, path, writable=True)
         except BaseException:
             os.close(fd)
@@ -184,7 +180,7 @@ class Pmem:
         try:
             return mmap.mmap(self.fd, self.size, flags, protection)
         except OSError as exc:
-            raise _translated(exc, f"can't map {self.path}") from exc
+            raise translated(exc, f"can't map {self.path}") from exc
 
     def read(self, offset: int, length: int) -> bytes:
         """Return a copy of a range; it is shorter where the file ends.
@@ -225,7 +221,7 @@ class Pmem:
                 offset += written
                 rest = rest[written:]
         except OSError as exc:
-            raise _translated(exc, f"can't write to {self.path}") from exc
+            raise translated(exc, f"can't write to {self.path}") from exc
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros; for ranges smaller than the medium's page, or that must stay in place.
@@ -376,7 +372,7 @@ class Pmem:
             raise
 
     def _remap(self, size: int) -> None:
-        _set_size(self.fd, self.path, size)
+        set_size(self.fd, self.path, size)
         self.size = size
         self._map = self._map_all()
         self.view = memoryview(self._map)
@@ -418,7 +414,7 @@ class Pmem:
                 what = f"{self.path}: can't give {format_size(length)} back"
             elif self.medium.name == "hugetlbfs" and exc.errno == errno.ENOSPC:
                 what += f" of free huge pages of {format_size(self.medium.page_size)}"
-            raise _translated(exc, what) from exc
+            raise translated(exc, what) from exc
 
     def _fdatasync(self) -> None:
         try:
@@ -432,103 +428,3 @@ class Pmem:
             self._map.flush(start, min(align_up(offset + length, _PAGE), self.size) - start)
         except OSError as exc:
             raise MediumError(f"can't write {self.path} back: {exc.strerror}") from exc
-
-
-def _open(path: Path, flags: int) -> int:
-    flags |= os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must be refused, not waited for
-    if flags & os.O_CREAT:
-        flags |= os.O_NOFOLLOW
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError as exc:
-        error = _translated(exc, f"can't open {path}")
-        raise type(error)(f"{error}; {_cure(exc, path, flags)}") from exc
-
-
-def _cure(exc: OSError, path: Path, flags: int) -> str:
-    """Return what can be done about a file that can't be opened."""
-    if exc.errno == errno.ENOENT:
-        if flags & os.O_CREAT:
-            return f"make the directory first: mkdir -p {path.parent}"
-        return f"make a pool with: vfsmap format {path} --size 8G"
-    if exc.errno in (errno.EACCES, errno.EPERM):
-        return "a pool is for its owner and root alone"
-    return "a pool is a regular file or a DAX device"
-
-
-def _set_size(fd: int, path: Path, size: int, old: int = 0) -> None:
-    """Set a file's length; when it is to be replaced, ``old`` bytes of content go first."""
-    try:
-        if old:
-            os.ftruncate(fd, 0)
-        os.ftruncate(fd, size)
-    except (OSError, OverflowError) as exc:
-        what = f"can't make {path} {format_size(size)} long"
-        if isinstance(exc, OverflowError):
-            raise NoSpace(f"{what}: no file can be") from exc
-        raise _translated(exc, what) from exc
-
-
-def _persist_name(path: Path) -> None:
-    """Make a new file's entry in its directory durable, which a sync of the file need not do."""
-    try:
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as exc:
-        raise _translated(exc, f"can't make the name of {path} durable") from exc
-
-
-def _require_promise(medium: Medium, promise: Promise | str | None, path: Path) -> None:
-    try:
-        wanted = Promise(promise) if promise is not None else Promise.PROCESS
-    except ValueError as exc:
-        raise Invalid(f"promise {promise!r}: process or power is expected") from exc
-    if not medium.promise.covers(wanted):
-        raise Unsupported(
-            f"{path} is on {medium.name}, which survives the death of processes but not "
-            f"power loss; put the pool on a disk or on DAX, or ask for the promise 'process'"
-        )
-
-
-def _lock(fd: int, path: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        holder = lock_holder(path)
-        by = f" by process {holder}" if holder else ""
-        raise PoolInUse(f"{path} is in use{by}; unmount it or stop that process first") from exc
-
-
-def lock_holder(path: Path) -> int | None:
-    """Return the process that has a medium open for writing, as the kernel's table of locks says.
-
-    None where there is none, or where it lives in another pid namespace.
-    """
-    status = path.stat()
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    wanted = f"{device}:{status.st_ino}"
-    for line in _LOCKS.read_text().splitlines():
-        fields = line.split()
-        if fields[1] == "FLOCK" and fields[5] == wanted and int(fields[4]) > 0:
-            return int(fields[4])
-    return None
-
-
-def _translated(exc: OSError, what: str) -> VfsmapError:
-    reason = f"{what}: {exc.strerror}"
-    match exc.errno:
-        case errno.ENOENT:
-            return NotFound(reason)
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return Denied(reason)
-        case errno.EEXIST | errno.EISDIR | errno.EINVAL | errno.ELOOP | errno.ENOTDIR:
-            return Invalid(reason)
-        case errno.ENOSPC | errno.EFBIG | errno.ENOMEM | errno.EDQUOT:
-            return NoSpace(reason)
-        case errno.EOPNOTSUPP:
-            return Unsupported(reason)
-        case _:
-            return MediumError(reason)

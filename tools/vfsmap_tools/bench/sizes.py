@@ -89,10 +89,39 @@ def run(quick: bool) -> Result:
         "it mmap of the same file through the mount, cold and with all of it in the page cache, "
         "and mmap of a file of a tmpfs of small pages.",
     )
+    most = _most(quick, result)
+    found = _measured(most, 3 if quick else 5)
+    rows: list[list[str | int | float]] = [
+        [format_size(int(size)), *(_at(curve, at) for curve in found)]
+        for at, size in enumerate(found[0].x)
+    ]
+    result.grids.append(Grid("Milliseconds", ["size", *(curve.label for curve in found)], rows))
+    result.plots.append(
+        Plot(
+            "time",
+            "Mapping a file and touching all of it",
+            "size",
+            "milliseconds",
+            found,
+            log_x=True,
+            log_y=True,
+            bytes_x=True,
+        )
+    )
+    return result
+
+
+def _most(quick: bool, result: Result) -> int:
+    """Return the largest size that there is memory for; say so when it is not the last."""
     most = _QUICK if quick else SIZES[-1]
     while most + 2 * min(most, _PEERS_MOST) > _available() * 0.8:
         result.left_out.append(f"{format_size(most)}: there is not enough memory")
         most //= 2
+    return most
+
+
+def _measured(most: int, rounds: int) -> list[Curve]:
+    """Return the milliseconds of each way for each size, that of vfsmap.map() first."""
     peers_most = min(most, _PEERS_MOST)
     with ExitStack() as stack:
         medium = stack.enter_context(places.tmpfs(f"{most // MIB + 1024}M"))
@@ -116,7 +145,7 @@ def run(quick: bool) -> Result:
         found: dict[str, Curve] = {name: Curve(name, [], []) for name in ways}
         for size in (size for size in SIZES if size <= most):
             spent: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(3 if quick else 5):
+            for _ in range(rounds):
                 for name, (cost, limit) in ways.items():
                     if size <= limit:
                         spent[name].append(cost(size))
@@ -124,24 +153,7 @@ def run(quick: bool) -> Result:
                 if values:
                     found[name].x.append(float(size))
                     found[name].y.append(round(median(values), 4))
-    rows: list[list[str | int | float]] = [
-        [format_size(int(size)), *(_at(curve, at) for curve in found.values())]
-        for at, size in enumerate(found[_MAP].x)
-    ]
-    result.grids.append(Grid("Milliseconds", ["size", *found], rows))
-    result.plots.append(
-        Plot(
-            "time",
-            "Mapping a file and touching all of it",
-            "size",
-            "milliseconds",
-            list(found.values()),
-            log_x=True,
-            log_y=True,
-            bytes_x=True,
-        )
-    )
-    return result
+    return list(found.values())
 
 
 def _at(curve: Curve, at: int) -> str | float:
