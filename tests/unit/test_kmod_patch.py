@@ -21,9 +21,10 @@ from vfsmap.kmod.branches import (
     branch,
     drop_locks,
     drop_tracing,
+    most_thunk_pages,
     seal_entries,
 )
-from vfsmap.kmod.host import Document, Host
+from vfsmap.kmod.host import Document, Host, ModuleDocument
 from vfsmap.kmod.image import (
     ALTERNATIVES,
     CALLS,
@@ -42,7 +43,7 @@ from vfsmap.kmod.image import (
     Span,
 )
 from vfsmap.kmod.insn import decode
-from vfsmap.kmod.keys import apply_jumps, apply_static_calls
+from vfsmap.kmod.keys import apply_jumps, apply_static_calls, unknown_keys
 from vfsmap.kmod.memory import Memory, Region
 from vfsmap.kmod.nops import fill, optimized
 
@@ -245,6 +246,78 @@ def test_calls_that_may_not_be_counted_stay() -> None:
         wanted = target - 9 if counted else target
         assert text_of(made) == branch(CALL, TEXT, wanted).hex()
         assert list(depth.elsewhere) == ([kernel - 9] if counted else [])
+
+
+def test_what_modules_call_is_marked_and_of_modules_not_at_hand_it_is_guessed() -> None:
+    # four functions of an image, 32 bytes each, with room for a count in front
+    functions = [TEXT + 0x20 * n + 0x10 for n in range(4)]
+    called, guessed, both, nobodys = functions
+    code = (b"\x90" * 16 + b"\xc3".ljust(16, b"\xcc")) * 4
+
+    def resident(*imports: int) -> ModuleDocument:
+        return ModuleDocument(imports={f"f{a:x}": hex(a) for a in imports}, text_base="0x1000")
+
+    modules = {
+        "here": resident(called, nobodys),
+        "gone": resident(guessed, both),
+        "idle": resident(called),
+        "also_gone": resident(both),
+    }
+    made = image(code)
+    depth = CallDepth(made, host(CALL_DEPTH, modules=modules), callers={"here": [called]})
+    depth.apply()
+    assert depth.guess() == (2, ["gone", "also_gone"])
+    marked = [made.memory.read(a - 9, 1) == b"\x65" for a in functions]
+    assert marked == [True, True, True, False]
+    # nothing is left to guess when all are at hand
+    made = image(code)
+    callers = {"here": [called], "gone": [both], "idle": [], "also_gone": [both]}
+    depth = CallDepth(made, host(CALL_DEPTH, modules=modules), callers=callers)
+    depth.apply()
+    assert depth.guess() == (0, [])
+    marked = [made.memory.read(a - 9, 1) == b"\x65" for a in functions]
+    assert marked == [True, False, True, False]
+
+
+def test_keys_whose_states_nobody_tells_are_named_and_counted() -> None:
+    known, unknown = TEXT + 0x5000, TEXT + 0x6000
+    rows = b"".join(
+        struct.pack(
+            "<iiq", at - TABLE - 16 * n, at + 8 - TABLE - 16 * n - 4, key - TABLE - 16 * n - 8
+        )
+        for n, (at, key) in enumerate(((TEXT, known), (TEXT + 5, unknown), (TEXT + 10, unknown)))
+    )
+    made = image((b"\x0f\x1f\x44\0\0" * 3).ljust(0x40, b"\xcc"), JUMPS, rows)
+    symbols = {**SYMBOLS, "some_key": unknown}
+    where = host(static_key_enabled={hex(known): 1}, kernel_symbols=symbols)
+    (doubt,) = unknown_keys(made, where)
+    assert "states of 1 keys (some_key): 2 jump labels" in doubt
+    where = host(static_key_enabled={hex(known): 1, hex(unknown): 0})
+    assert unknown_keys(made, where) == []
+
+
+@pytest.mark.parametrize(
+    ("features", "pages"),
+    [
+        ((), 0),
+        ((NEW.its_feature,), 2),
+        ((OLD.its_feature,), 2),
+        ((NEW.its_feature, RETPOLINE), 0),
+        ((NEW.its_feature, RETPOLINE, RETPOLINE_LFENCE), 2),
+    ],
+)
+def test_thunk_pages_are_set_aside_where_branches_may_need_them(
+    features: tuple[int, ...], pages: int
+) -> None:
+    assert most_thunk_pages(Thunks.LEAST + 1, host(*features)) == pages
+
+
+def test_the_pages_set_aside_hold_as_many_thunks_as_are_counted_on() -> None:
+    thunks = Thunks(image(b"\x90"), [0x1000])
+    for _ in range(Thunks.LEAST):
+        thunks.make(15)  # the longest
+    with pytest.raises(NotFound, match=r"modules\.NAME\.its_pages"):
+        thunks.make(0)
 
 
 def test_locks_tracing_and_landing_marks_are_taken_out() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vfsmap.kmod.bind import bind
+from vfsmap.kmod.bind import bind, called_by
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.kernel import Kernel, bind_kernel
 from vfsmap.kmod.layout import Area
@@ -62,6 +62,6 @@ def test_text_of_a_kernel_and_its_modules_is_as_foretold(key: str, cpu: str, opt
             text = found.placed.area(Area.TEXT)
             name = found.placed.module.name
             assert text == guest.read(found.placed.image.text.start, len(text)), name
-        image, _ = bind_kernel(kernel, where, bound)
+        image = bind_kernel(kernel, where, called_by(bound)).image
         size = len(image.text)
         assert image.memory.read(image.text.start, size) == guest.read(image.text.start, size)

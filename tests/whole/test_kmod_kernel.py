@@ -2,19 +2,25 @@
 
 import functools
 import hashlib
+import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from vfsmap.errors import Damaged, Invalid
-from vfsmap.kmod.bind import Bound, bind
+import vfsmap
+from vfsmap.errors import Damaged, Invalid, Sealed
+from vfsmap.kmod.bind import Bound, bind, called_by
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import ALTERNATIVES, CALLS, FTRACE, JUMPS, RETURNS
 from vfsmap.kmod.kernel import Kernel, bind_kernel
 from vfsmap.kmod.layout import Area
+from vfsmap.kmod.loader import Loader
 from vfsmap.kmod.module import Module
-from vfsmap.kmod.tables import sites
+from vfsmap.kmod.store import Store
+from vfsmap.kmod.tables import constants, sites
 from vfsmap.testing.kernels import modules, vmlinuz
 
 DATA = Path(__file__).parents[1] / "data" / "kmod"
@@ -36,8 +42,8 @@ def host(profile: str) -> Host:
     return Host.open(path if path.exists() else DATA / f"{profile}.json.xz")
 
 
-def text_of(profile: str, callers: list[Bound] | None = None) -> bytes:
-    image, _ = bind_kernel(kernel(package(profile)), host(profile), callers)
+def text_of(profile: str, callers: Iterable[Bound] = ()) -> bytes:
+    image = bind_kernel(kernel(package(profile)), host(profile), called_by(callers)).image
     return image.memory.read(image.text.start, len(image.text))
 
 
@@ -65,6 +71,43 @@ def test_kernel_and_modules_of_other_profiles_are_what_was_in_memory(profile: st
         assert hashlib.sha256(found.placed.area(Area.TEXT)).hexdigest() == wanted, name
     text = text_of(profile, bound)
     assert hashlib.sha256(text).hexdigest() == where.document.vmlinux_text_sha256
+
+
+def test_a_store_knows_from_its_modules_which_functions_of_a_kernel_are_called(
+    tmp_path: Path,
+) -> None:
+    where = host("612stuff")
+    store = Store(tmp_path)
+    store.add([Module.open(modules("612")[name]) for name in where.modules], where)
+    variant = store.add_kernel(vmlinuz("612").read_bytes(), where)
+    text = store.file(variant.pack, "text").read_bytes()[: len(variant.text)]
+    assert hashlib.sha256(text).hexdigest() == where.document.vmlinux_text_sha256
+    assert variant.doubts == []
+
+    (doubt,) = bind_kernel(kernel("612"), where).doubts
+    assert re.search(r"whether \d+ functions of vmlinuz\S* are called depends on", doubt)
+    assert {"xfs", "kvm"} <= set(re.split(r"[ ,;:]+", doubt))
+
+
+def test_what_a_document_does_not_tell_of_a_kernel_is_taken_from_a_similar_boot_and_said() -> None:
+    known = host("612up")
+    document = msgspec.structs.replace(
+        known.document, static_key_enabled={}, static_call_func={}, runtime_constants={}
+    )
+    found = bind_kernel(kernel("612"), Host(document))
+    states, *lacking = found.doubts
+    assert "states of the kernel's keys: they are taken to be those of a similar boot" in states
+    assert {doubt.partition(":")[0].rpartition(".")[2] for doubt in lacking} == {
+        "dentry_hashtable",
+        "d_hash_shift",
+    }
+    # where boot put its table of names is all that differs from what really was in memory
+    table = found.image.runtime_constants["runtime_ptr_dentry_hashtable"]
+    value = known.constants["dentry_hashtable"].to_bytes(8, "little")
+    for place in constants(found.image, table):
+        found.image.memory.write(place, value, "the table's address")
+    text = found.image.memory.read(found.image.text.start, len(found.image.text))
+    assert hashlib.sha256(text).hexdigest() == known.document.vmlinux_text_sha256
 
 
 @pytest.mark.parametrize(
@@ -123,6 +166,22 @@ def test_moving_a_kernel_changes_what_its_relocation_words_name_and_no_more() ->
     assert new == old
     assert moved.symbols["_text"] == after.text.start
     assert moved.symbols["cpu_number"] == kernel("61").symbols["cpu_number"]
+
+
+def test_a_stored_kernel_becomes_what_was_in_memory_where_kaslr_had_moved_it(
+    tmp_path: Path,
+) -> None:
+    store, moved = Store(tmp_path), host("61kaslr")
+    store.add_kernel(vmlinuz("61").read_bytes(), host("61max"))
+    loader = Loader(store, moved, vfsmap.map, policy="redirect")
+    loaded = loader.load("vmlinux")
+    assert hashlib.sha256(loaded.text).hexdigest() == moved.document.vmlinux_text_sha256
+    report = loader.report(loaded)
+    assert not report.bound_here
+    assert report.differing_sites > 50000
+    loader.close()
+    with pytest.raises(Sealed, match="vmlinux is persistent text and is never written"):
+        Loader(store, moved, vfsmap.map, policy="refuse").load("vmlinux")
 
 
 def test_a_cut_boot_image_is_refused_and_named() -> None:

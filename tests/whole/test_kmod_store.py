@@ -13,12 +13,15 @@ import pytest
 import vfsmap as library
 from vfsmap.errors import Damaged, Exists, Invalid, NotFound
 from vfsmap.kmod.bind import bind
+from vfsmap.kmod.branches import CALL, JUMP, RETPOLINE
 from vfsmap.kmod.host import Host
+from vfsmap.kmod.image import NEW, RETPOLINES
 from vfsmap.kmod.layout import Area
 from vfsmap.kmod.loader import Loader
 from vfsmap.kmod.module import Module
 from vfsmap.kmod.runner import Runner
 from vfsmap.kmod.store import Store
+from vfsmap.kmod.tables import offsets
 from vfsmap.kmod.userspace import user_host
 from vfsmap.testing.commands import vfsmap
 from vfsmap.testing.kernels import modules
@@ -66,6 +69,53 @@ def test_a_module_can_be_bound_to_several_addresses_of_one_host(tmp_path: Path) 
         with Runner(tmp_path, [name], library.map) as run:
             assert run.address_of(name, "crc7_be") == variant.text.start
             assert run.call(name, "crc7_be", 0, b"123456789", 9).value == 0x75 << 1
+
+
+def test_a_module_brings_its_pages_of_thunks_where_the_store_chooses_its_place(
+    tmp_path: Path,
+) -> None:
+    document = user_host()
+    document.x86_capability[NEW.its_feature >> 5] |= 1 << (NEW.its_feature & 31)
+    store, where = Store(tmp_path), Host(document)
+    names = ("xfs", "reed_solomon")
+    for variant in store.add([module(name, "612") for name in names], where):
+        loader = Loader(store, where, library.map)
+        start = variant.text.start
+        text = loader.load(variant.name).text
+        branches = 0
+        for at in offsets(store.placed(variant).image, RETPOLINES):
+            code = text[at - start : at - start + 5]
+            if at not in variant.text or code[0] not in (CALL, JUMP):
+                continue
+            target = at + 5 + int.from_bytes(code[1:], "little", signed=True)
+            branches += target & ~0xFFF in variant.thunk_pages
+        assert (branches > 0) == bool(variant.thunk_pages)
+        guard = loader.load(variant.name).guard
+        with guard.window.view() as view:
+            for page in variant.thunk_pages:
+                assert page >= variant.text.stop
+                lines = view[page - guard.base : page - guard.base + 4096]
+                assert lines[:32].tobytes() == b"\xcc" * 32
+                assert lines[32] in (0x41, 0xFF)
+                lines.release()
+        loader.close()
+    assert store.find("xfs")[0].thunk_pages
+    with pytest.raises(Exists, match="holds xfs at"):
+        store.add([module("crc7", "612")], where, at=store.find("xfs")[0].text.start)
+
+
+def test_a_loaded_module_needs_its_pages_of_thunks_in_the_document() -> None:
+    where = host("612max")
+    document = where.document
+    document.x86_capability[RETPOLINE >> 5] &= ~(1 << (RETPOLINE & 31))
+    document.x86_capability[NEW.its_feature >> 5] |= 1 << (NEW.its_feature & 31)
+    with pytest.raises(NotFound, match=r"xfs\.ko.* needs more than 0 .*modules\.NAME\.its_pages"):
+        bind(module("xfs", "612"), Host(document))
+    pages = [0xFFFFFFFFC0F00000 + n * 4096 for n in range(8)]
+    document.modules["xfs"].its_pages = [hex(page) for page in pages]
+    bound = bind(module("xfs", "612"), Host(document))
+    assert [page.start for page in bound.thunk_pages] == pages[: len(bound.thunk_pages)]
+    assert bound.thunk_pages
 
 
 def test_modules_share_units_and_never_addresses(tmp_path: Path) -> None:

@@ -2,21 +2,33 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 import vfsmap
-from vfsmap.kmod.bind import bases_at, bind
+from vfsmap.kmod.bind import bases_at, bind, called_by, pages_in, thunk_space
 from vfsmap.kmod.derive import running_host
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.kernel import Kernel, bind_kernel, is_kernel
 from vfsmap.kmod.layout import Area, Layout
 from vfsmap.kmod.module import Module
+from vfsmap.kmod.pack import end_of
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.userspace import user_host
 from vfsmap_tools.console import complain, errors_exit, json_option, print_facts, print_json
 from vfsmap_tools.module_load import call, load, toggle, trace
-from vfsmap_tools.module_options import ADDRESS, FILE, PATH, existing, host_option, print_rows
+from vfsmap_tools.module_options import (
+    ADDRESS,
+    FILE,
+    PATH,
+    complain_of,
+    existing,
+    host_option,
+    modules_beside,
+    print_rows,
+    with_option,
+)
 from vfsmap_tools.module_sites import sites
 
 
@@ -46,10 +58,16 @@ def host_command(user: bool, output: Path | None) -> None:
 @click.argument("store", type=PATH, metavar="DST")
 @host_option
 @click.option("--at", type=ADDRESS, help="Where to put the first one, on a unit of 2 MiB.")
+@with_option
 @json_option
 @errors_exit
 def add(
-    files: tuple[Path, ...], store: Path, host_path: Path | None, at: int | None, as_json: bool
+    files: tuple[Path, ...],
+    store: Path,
+    host_path: Path | None,
+    at: int | None,
+    others: tuple[Path, ...],
+    as_json: bool,
 ) -> None:
     """Bind modules, or a kernel, to a host and keep them in the store DST, a directory.
 
@@ -63,9 +81,9 @@ def add(
             kernels.append(raw)
         else:
             modules.append(Module(raw, path.name))
-    variants = [opened.add_kernel(raw, host) for raw in kernels]
-    if modules:
-        variants += opened.add(modules, host, at)
+    beside = modules_beside(others, host)
+    variants = opened.add(modules, host, at, beside) if modules else []
+    variants += [opened.add_kernel(raw, host, beside) for raw in kernels]
     rows = [
         {
             "module": v.name,
@@ -73,8 +91,11 @@ def add(
             "text_bytes": len(v.text),
             "build_id": v.build_id,
         }
+        | ({"doubts": v.doubts} if as_json else {})
         for v in variants
     ]
+    for variant in variants:
+        complain_of(variant.name, variant.doubts)
     print_rows(rows, as_json)
 
 
@@ -107,13 +128,7 @@ def ls(store: Path, as_json: bool) -> None:
 @click.option("--host", "host_path", type=FILE, required=True, help="The host's JSON document.")
 @click.option("-o", "--output", type=PATH, required=True, help="Where to write the text.")
 @click.option("--at", type=ADDRESS, help="Where to put a module that the host has not loaded.")
-@click.option(
-    "--with",
-    "others",
-    type=FILE,
-    multiple=True,
-    help="A module that is loaded as well: calls it has counted are marked in FILE.",
-)
+@with_option
 @json_option
 @errors_exit
 def text(
@@ -126,19 +141,25 @@ def text(
 ) -> None:
     """Write the text of a module or a kernel, bound to a host, as raw bytes."""
     host = Host.open(host_path)
-    callers = [bind(Module.open(path), host) for path in others]
+    callers = called_by(bind(module, host) for module in modules_beside(others, host))
     raw = file.read_bytes()
     if is_kernel(raw, file.name):
-        image, _ = bind_kernel(Kernel(raw, file.name), host, callers or None)
+        kernel = bind_kernel(Kernel(raw, file.name), host, callers)
+        image, doubts = kernel.image, kernel.doubts
         content = image.memory.read(image.text.start, len(image.text))
     else:
         found = Module(raw, file.name)
-        bases = None if at is None else bases_at(at, Layout(found))
-        bound = bind(found, host, bases)
-        image, content = bound.placed.image, bound.placed.area(Area.TEXT)
+        bases, pages = None, []
+        if at is not None:
+            layout = Layout(found)
+            bases = bases_at(at, layout)
+            pages = pages_in(end_of([bases], [layout]), thunk_space(found, host))
+        bound = bind(found, host, bases, thunk_pages=pages, callers=callers)
+        image, content, doubts = bound.placed.image, bound.placed.area(Area.TEXT), bound.doubts
     output.write_bytes(content)
-    facts = {"text_base": f"{image.text.start:#x}", "text_len": len(content)}
-    print_facts(facts, as_json=as_json)
+    facts: dict[str, Any] = {"text_base": f"{image.text.start:#x}", "text_len": len(content)}
+    complain_of(file.name, doubts)
+    print_facts(facts | ({"doubts": doubts} if as_json else {}), as_json=as_json)
 
 
 @module.command("verify")

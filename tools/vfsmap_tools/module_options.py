@@ -1,5 +1,6 @@
 """What the commands ``module ...`` share: options, finding a store, printing rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import click
 
 from vfsmap.errors import Invalid, NotFound
 from vfsmap.guard import POLICIES
-from vfsmap.kmod.host import number
+from vfsmap.kmod.host import Host, number
+from vfsmap.kmod.module import Module, find_modules
 from vfsmap.kmod.store import Store
 from vfsmap.units import PTE
-from vfsmap_tools.console import LEVEL, print_json, print_table
+from vfsmap_tools.console import LEVEL, complain, print_json, print_table
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -43,6 +45,33 @@ pmsg_option = click.option(
 granularity_option = click.option(
     "--granularity", type=LEVEL, default=PTE, help="What a redirected write copies: 4K or 2M."
 )
+
+
+with_option = click.option(
+    "--with",
+    "others",
+    type=click.Path(path_type=Path, exists=True),
+    multiple=True,
+    help="A module that the host has loaded as well, or a directory to look for all of them in: "
+    "what they call is known then, where calls are counted.",
+)
+
+
+def modules_beside(paths: Sequence[Path], host: Host) -> list[Module]:
+    """Return the modules that a host has loaded, from files and directories of modules."""
+    found = {}
+    for path in paths:
+        for file in find_modules(path) if path.is_dir() else [path]:
+            name = file.name.partition(".")[0].replace("-", "_")
+            if name in host.modules or not path.is_dir():
+                found[name] = Module.open(file)
+    return list(found.values())
+
+
+def complain_of(name: str, doubts: Sequence[str]) -> None:
+    """Print what is in doubt about an image that was bound."""
+    for doubt in doubts:
+        complain(f"{name}: {doubt}")
 
 
 def existing(path: Path) -> Store:

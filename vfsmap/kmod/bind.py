@@ -4,25 +4,27 @@ The order is the kernel's: place, relocate, then patch table by table; a later p
 an earlier one.  Source: load_module() and module_finalize().
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from vfsmap.errors import Damaged, Invalid, NotFound
 from vfsmap.kmod.alternatives import apply_alternatives
 from vfsmap.kmod.branches import (
-    CALL_DEPTH,
     CallDepth,
+    Callers,
     Thunks,
     apply_paravirt,
     apply_retpolines,
     apply_returns,
+    counts_calls,
     drop_locks,
     drop_tracing,
+    most_thunk_pages,
     seal_entries,
 )
 from vfsmap.kmod.host import Host
-from vfsmap.kmod.image import Image
-from vfsmap.kmod.keys import apply_jumps, apply_static_calls
+from vfsmap.kmod.image import RETPOLINES, Image
+from vfsmap.kmod.keys import apply_jumps, apply_static_calls, unknown_keys
 from vfsmap.kmod.layout import CORE, INIT, PERCPU, Area, Layout
 from vfsmap.kmod.memory import Memory, Region
 from vfsmap.kmod.module import Module
@@ -78,6 +80,16 @@ class Bound(NamedTuple):
     thunk_pages: list[Region]
     elsewhere: dict[int, bytes]
     """Writes into other images that loading it brings with it."""
+    doubts: list[str]
+    """What the host's document leaves open, and what was taken for true."""
+
+
+class Patched(NamedTuple):
+    """What patching an image's text brings with it."""
+
+    elsewhere: dict[int, bytes]
+    """Writes into other images."""
+    doubts: list[str]
 
 
 def bases_from(host: Host, module: Module, layout: Layout) -> dict[Area, int]:
@@ -123,6 +135,18 @@ def bases_at(start: int, layout: Layout) -> dict[Area, int]:
     return bases
 
 
+def thunk_space(module: Module, host: Host) -> int:
+    """Return the most bytes that a module's pages of thunks may take on a host."""
+    section = module.elf.by_name.get(RETPOLINES)
+    sites = 0 if section is None else section.size // 4
+    return most_thunk_pages(sites, host) * PTE.size
+
+
+def pages_in(start: int, size: int) -> list[int]:
+    """Return the pages of a range that starts on one."""
+    return list(range(start, start + size, PTE.size))
+
+
 def place_for(
     module: Module,
     host: Host,
@@ -164,20 +188,30 @@ def bind(
     resolve: Resolver | None = None,
     others: Sequence[Memory] = (),
     thunk_pages: Sequence[int] = (),
+    callers: Callers | None = None,
 ) -> Bound:
     """Return a module as ``host`` would have it in memory.
 
     Arguments and errors are those of :func:`place_for`.  ``others`` are images that it calls, to
     tell whether calls can be counted there; ``thunk_pages`` are addresses for pages of thunks, in
-    case the host's document names none.
+    case the host's document names none; ``callers`` tell what other modules call, see
+    :func:`called_by`.
     """
     placed = place_for(module, host, bases, resolve)
     resident = host.modules.get(module.name)
     pages = resident.its_pages if resident and resident.its_pages else list(thunk_pages)
     thunks = Thunks(placed.image, pages)
-    elsewhere = patch(placed.image, host, thunks, others)
+    patched = patch(placed.image, host, thunks, others, callers)
     sort_tables(module, placed.layout, placed.bases, placed.image)
-    return Bound(placed, thunks.regions, elsewhere)
+    return Bound(placed, thunks.regions, *patched)
+
+
+def called_by(modules: Iterable[Bound]) -> Callers:
+    """Return what modules call in other images of the same host, where calls are counted."""
+    return {
+        bound.placed.module.name: {pad + CallDepth.PAD for pad in bound.elsewhere}
+        for bound in modules
+    }
 
 
 def patch(
@@ -185,20 +219,20 @@ def patch(
     host: Host,
     thunks: Thunks,
     others: Sequence[Memory] = (),
-    *,
-    guess: bool = True,
-) -> dict[int, bytes]:
-    """Patch an image's text for a host, in place; return what has to be written elsewhere.
+    callers: Callers | None = None,
+) -> Patched:
+    """Patch an image's text for a host, in place.
 
-    Where calls are counted, ``guess`` that what modules of the host import is called by them.
+    Where calls are counted, modules of the host that are not among ``callers`` are taken to call
+    every function that they import.
     """
     apply_paravirt(image, host)
     apply_retpolines(image, host, thunks)
     apply_returns(image, host)
     apply_alternatives(image, host)
     depth = None
-    if image.dialect.relocates and (host.call_depth or host.has(CALL_DEPTH)):
-        depth = CallDepth(image, host, others, guess=guess)
+    if image.dialect.relocates and counts_calls(host):
+        depth = CallDepth(image, host, others, callers)
         depth.apply()
     seal_entries(image)
     if host.uniproc:
@@ -206,4 +240,14 @@ def patch(
     drop_tracing(image, host)
     apply_jumps(image, host)
     apply_static_calls(image, host, depth)
-    return depth.elsewhere if depth else {}
+    doubts = [] if host.user_space else unknown_keys(image, host)
+    if depth is None:
+        return Patched({}, doubts)
+    count, names = depth.guess()
+    if count:
+        doubts.append(
+            f"calls are counted on this host, and whether {count} functions of {image.name} are "
+            f"called depends on modules that are not at hand: {', '.join(names)}; they are taken "
+            f"to call all they import, unless you name their files with --with"
+        )
+    return Patched(depth.elsewhere, doubts)

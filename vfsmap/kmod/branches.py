@@ -4,12 +4,23 @@ Source: arch/x86/kernel/alternative.c and callthunks.c of Linux 6.1 and 6.12.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from vfsmap.errors import Damaged, NotFound
 from vfsmap.kmod.host import Host
-from vfsmap.kmod.image import CALLS, ENDBR, FTRACE, LOCKS, PARAVIRT, RETPOLINES, RETURNS, Image
+from vfsmap.kmod.image import (
+    CALLS,
+    ENDBR,
+    FTRACE,
+    LOCKS,
+    NEW,
+    OLD,
+    PARAVIRT,
+    RETPOLINES,
+    RETURNS,
+    Image,
+)
 from vfsmap.kmod.insn import decode
 from vfsmap.kmod.memory import MASK, Memory, Region
 from vfsmap.kmod.nops import INT3, NOPS, fill, optimized
@@ -20,6 +31,9 @@ RETPOLINE: Final = 11 * 32 + 12
 RETPOLINE_LFENCE: Final = 11 * 32 + 13
 RETHUNK: Final = 11 * 32 + 14
 CALL_DEPTH: Final = 11 * 32 + 19
+
+Callers = Mapping[str, Collection[int]]
+"""For modules that are at hand, by name: the functions of other images that each one calls."""
 
 CALL, JUMP = 0xE8, 0xE9
 TRAMPOLINE_END: Final = b"\x0f\xb9\xcc"
@@ -73,6 +87,9 @@ class Thunks:
     The kernel allocates them one by one while it patches an image; ``pages`` are their addresses.
     """
 
+    LEAST: Final = PTE.size // 64 * (32 // 4)
+    """How many fit on a page at least."""
+
     def __init__(self, image: Image, pages: list[int]) -> None:
         self._image = image
         self._pages = iter(pages)
@@ -89,10 +106,7 @@ class Thunks:
         if self._offset + size - 1 >= PTE.size:
             page = next(self._pages, None)
             if page is None:
-                raise NotFound(
-                    f"{self._image.name}: the CPU wants indirect branches by way of thunk pages, "
-                    f"and the host's document names {len(self.regions)} (its_pages)"
-                )
+                raise self._lacking()
             self.regions.append(Region("its_page", page, bytearray([INT3]) * PTE.size))
             self._offset = 32
         if (self._offset + size - 1) % 64 < 32:
@@ -101,6 +115,23 @@ class Thunks:
         self._offset += size
         self.regions[-1].data[at : at + size] = _through(0xE0, register) + bytes([INT3])
         return self.regions[-1].start + at
+
+    def _lacking(self) -> NotFound:
+        owner = "" if self._image.is_kernel else "modules.NAME."
+        return NotFound(
+            f"{self._image.name} needs more than {len(self.regions)} pages of thunks against "
+            f"indirect target selection; only the host's memory tells where its kernel has put "
+            f"them: name them in its document, as {owner}its_pages, in the order of their making"
+        )
+
+
+def most_thunk_pages(sites: int, host: Host) -> int:
+    """Return how many pages of thunks so many indirect branches may take on a host."""
+    if host.has(RETPOLINE) and not host.has(RETPOLINE_LFENCE):
+        return 0
+    if not any(host.has(dialect.its_feature) for dialect in (OLD, NEW)):
+        return 0
+    return -(-sites // Thunks.LEAST)
 
 
 def _through(base: int, register: int) -> bytes:
@@ -214,17 +245,29 @@ def drop_tracing(image: Image, host: Host) -> None:
             image.memory.write(address, NOPS[5], FTRACE)
 
 
+def counts_calls(host: Host) -> bool:
+    """Tell whether a host counts the depth of calls (``retbleed=stuff``)."""
+    return host.call_depth or host.has(CALL_DEPTH)
+
+
 class CallDepth:
     """Counts of calls, written in front of functions and called instead of them."""
 
+    PAD: Final = _CALL_DEPTH_PAD.size
+    """How far in front of a function its count lies."""
+
     def __init__(
-        self, image: Image, host: Host, others: Sequence[Memory], *, guess: bool = True
+        self,
+        image: Image,
+        host: Host,
+        others: Sequence[Memory] = (),
+        callers: Callers | None = None,
     ) -> None:
-        """Prepare; ``guess`` that every function that a module of the host imports is called."""
+        """Prepare; of the host's modules that are not among ``callers`` it has to be guessed."""
         self._image = image
         self._host = host
         self._others = others
-        self._guess = guess
+        self._callers = callers or {}
         self._texts = [host.text, image.text, *(m.text for m in host.modules.values())]
         self._counter = host.require_symbol("pcpu_hot") + _COUNTER
         self._skipped = {host.symbols.get(name) for name in _NOT_COUNTED}
@@ -234,8 +277,10 @@ class CallDepth:
 
     def apply(self) -> None:
         """Let all direct calls of core text be counted."""
-        for target in self._called_from_elsewhere():
-            self.pad(target)
+        for targets in self._callers.values():
+            for target in targets:
+                if target in self._image.text:
+                    self.pad(target)
         for address in self._sites():
             if address not in self._image.text:
                 continue
@@ -246,11 +291,26 @@ class CallDepth:
             if (pad := self.pad(target)) is not None:
                 self._image.memory.write(address, branch(CALL, address, pad), CALLS)
 
-    def _called_from_elsewhere(self) -> Iterator[int]:
-        """Yield functions of this image that modules of the host import, and so likely call."""
-        for module in self._host.modules.values():
-            if self._guess and module.text != self._image.text:
-                yield from (a for a in module.imports.values() if a in self._image.text)
+    def guess(self) -> tuple[int, list[str]]:
+        """Take what modules that are not at hand import for called.
+
+        Return how many functions are marked for that reason alone, and the names of the modules
+        that import them.  Nothing may be counted after this.
+        """
+        marked: set[int] = set()
+        names = []
+        for name, module in self._host.modules.items():
+            if name in self._callers or module.text == self._image.text:
+                continue
+            found = {a for a in module.imports.values() if a in self._image.text}
+            new = {a for a in found - marked if self._unmarked(a) and self.pad(a) is not None}
+            if new or found & marked:
+                names.append(name)
+            marked |= new
+        return len(marked), names
+
+    def _unmarked(self, target: int) -> bool:
+        return self._image.memory.upto(target - self.PAD, self.PAD) == b"\x90" * self.PAD
 
     def _sites(self) -> Iterator[int]:
         yield from offsets(self._image, CALLS)

@@ -48,6 +48,8 @@ class Variant(msgspec.Struct, frozen=True):
     """Where each copied area lies in the pack's data file."""
     thunk_pages: list[int] = []
     is_kernel: bool = False
+    doubts: list[str] = []
+    """What the host's document left open when it was bound."""
 
     @property
     def text(self) -> range:

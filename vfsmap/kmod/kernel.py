@@ -6,19 +6,18 @@ the ELF file), include/asm-generic/vmlinux.lds.h.
 
 import copy
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from vfsmap.errors import Damaged, Invalid, NotFound
-from vfsmap.kmod.bind import Bound, patch
-from vfsmap.kmod.branches import BARE_RETURN, JUMP, Thunks, branch
+from vfsmap.kmod.bind import patch
+from vfsmap.kmod.branches import BARE_RETURN, JUMP, Callers, Thunks, branch, counts_calls
 from vfsmap.kmod.compressed import is_packed, unpack
 from vfsmap.kmod.elf import ET_EXEC, Elf, Section
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import (
-    CALLS,
     FTRACE,
     JUMPS,
     NEW,
@@ -35,7 +34,7 @@ from vfsmap.kmod.memory import Memory, Region
 from vfsmap.kmod.symbols import read_symbols
 from vfsmap.kmod.tables import Site, constants, offsets
 from vfsmap.kmod.usual import usual_states
-from vfsmap.units import GIB, PMD
+from vfsmap.units import GIB, PMD, PTE
 
 _BOOT_MAGIC: Final = b"HdrS"
 _SECTORS, _MAGIC_AT, _VERSION_AT, _PAYLOAD_AT = 0x1F1, 0x202, 0x206, 0x248
@@ -54,6 +53,8 @@ MERGED: Final = {
 """Tables that are parts of larger sections; only symbols tell where."""
 
 _CONSTANT: Final = "runtime_"
+_USER_END: Final = "USER_PTR_MAX"
+_LA57: Final = 16 * 32 + 16
 _BUILD_ID: Final = b"GNU\0"
 _KEY, _TRAMPOLINE = "__SCK__", "__SCT__"
 
@@ -64,6 +65,15 @@ class Words(NamedTuple):
     add_64: list[int]
     subtract_32: list[int]
     add_32: list[int]
+
+
+class BoundKernel(NamedTuple):
+    """A kernel bound to a host."""
+
+    image: Image
+    thunk_pages: list[Region]
+    doubts: list[str]
+    """What the host's document leaves open, and what was taken for true."""
 
 
 class Kernel:
@@ -258,15 +268,13 @@ def payload(data: bytes, name: str) -> bytes:
     return raw
 
 
-def bind_kernel(
-    kernel: Kernel, host: Host, callers: Iterable[Bound] | None = None
-) -> tuple[Image, list[Region]]:
-    """Return a kernel as the host has it in memory, and pages of thunks made on the way.
+def bind_kernel(kernel: Kernel, host: Host, callers: Callers | None = None) -> BoundKernel:
+    """Return a kernel as the host has it in memory.
 
     When the host's document does not tell the states of the kernel's own keys, the usual ones of
-    that build are taken, or they stay as they were built.  ``callers`` are the modules bound to
-    the same host; without them it is guessed which functions they call, which matters where calls
-    are counted.
+    that build are taken, or they stay as they were built.  ``callers`` tell what the host's modules
+    call (:func:`vfsmap.kmod.bind.called_by`), which matters where calls are counted; of modules
+    that are not among them it is guessed.
 
     Raises:
         Invalid: the host runs another kernel, or has it at another address.
@@ -277,21 +285,47 @@ def bind_kernel(
         raise Invalid(f"{kernel.elf.name} is kernel {kernel.release}, the host runs {host.release}")
     kernel = kernel.moved_to(host.text.start)
     host = host.with_symbols(kernel.symbols)
-    if not host.document.static_key_enabled:
-        usual = usual_states(kernel.build_id, host).moved(kernel.moved)
-        host.keys = usual.keys | host.keys
-        host.calls = usual.calls | host.calls
-        host.constants = usual.constants | host.constants
     image = kernel.image()
+    doubts = _assume(kernel, image, host)
     thunks = Thunks(image, host.thunk_pages)
-    patch(image, host, thunks, guess=callers is None)
-    for caller in callers or ():
-        for address, code in caller.elsewhere.items():
-            if address in image.text:
-                image.memory.write(address, code, CALLS)
+    doubts += patch(image, host, thunks, callers=callers).doubts
+    if image.dialect.relocates and counts_calls(host) and not host.modules:
+        doubts.append(
+            "calls are counted on this host, whose document names no modules: the kernel's text "
+            "is what it is before any module is loaded"
+        )
     _set_trampolines(image, host)
     _set_constants(image, host)
-    return image, thunks.regions
+    return BoundKernel(image, thunks.regions, doubts)
+
+
+def _assume(kernel: Kernel, image: Image, host: Host) -> list[str]:
+    """Let the host know what its document does not tell of a kernel; return what was assumed."""
+    usual = usual_states(kernel.build_id, host).moved(kernel.moved)
+    doubts = []
+    if not host.document.static_key_enabled:
+        host.keys = usual.keys | host.keys
+        host.calls = usual.calls | host.calls
+        what = "jump labels and static calls stay as they were built"
+        if usual.keys:
+            what = "they are taken to be those of a similar boot of this build"
+        doubts.append(f"the host's document does not tell the states of the kernel's keys: {what}")
+    host.constants = {_USER_END: _user_end(host)} | host.constants
+    for name, span in image.runtime_constants.items():
+        variable = name.removeprefix(_CONSTANT).partition("_")[2]
+        if variable not in host.constants:
+            what = "hold what a similar boot had" if variable in usual.constants else "stay unset"
+            doubts.append(
+                f"the host's document lacks runtime_constants.{variable}: "
+                f"{len(constants(image, span))} places of the kernel's text {what}"
+            )
+    host.constants = usual.constants | host.constants
+    return doubts
+
+
+def _user_end(host: Host) -> int:
+    """Return where the last page of user space starts, which the levels of page tables decide."""
+    return (1 << (56 if host.document.la57 or host.has(_LA57) else 47)) - PTE.size
 
 
 def _set_trampolines(image: Image, host: Host) -> None:

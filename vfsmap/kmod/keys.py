@@ -20,6 +20,7 @@ from vfsmap.kmod.image import JUMPS, STATIC_CALLS, Image
 from vfsmap.kmod.nops import NOPS
 from vfsmap.kmod.tables import Jump, jump_length, jumps, static_calls
 
+_MOST_NAMED: Final = 4
 _ZERO_RESULT: Final = b"\x2e\x2e\x2e\x31\xc0"  # xor %eax, %eax in five bytes
 
 
@@ -57,6 +58,24 @@ def apply_static_calls(image: Image, host: Host, depth: CallDepth | None) -> Non
         if function is not None:
             code = call_code(image, host, site.address, function, site.tail, depth)
             image.memory.write(site.address, code, STATIC_CALLS)
+
+
+def unknown_keys(image: Image, host: Host) -> list[str]:
+    """Return what to say when nobody knows the states of keys that an image's sites follow."""
+    sites = [jump.key for jump in jumps(image) if enabled(image, host, jump.key) is None]
+    for site in static_calls(image):
+        key = host.trampolines.get(site.key, site.key)
+        if function_of(image, host, key) is None:
+            sites.append(key)
+    if not sites:
+        return []
+    names = {address: name for name, address in host.symbols.items()}
+    keys = sorted({names.get(key, f"{key:#x}") for key in sites})
+    shown = ", ".join(keys[:_MOST_NAMED]) + (", ..." if len(keys) > _MOST_NAMED else "")
+    return [
+        f"the host's document does not tell the states of {len(keys)} keys ({shown}): "
+        f"{len(sites)} jump labels and static calls of {image.name} stay as they were built"
+    ]
 
 
 def function_of(image: Image, host: Host, key: int) -> int | None:

@@ -1,11 +1,13 @@
 """Linking: what the imports of a module are bound to beyond what the host's document tells."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from vfsmap.errors import Invalid
-from vfsmap.kmod.bind import Placed
+from vfsmap.errors import Invalid, VfsmapError
+from vfsmap.kmod.bind import Placed, bind, called_by
+from vfsmap.kmod.branches import Callers, counts_calls
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.index import Variant
 from vfsmap.kmod.module import Module
@@ -86,6 +88,22 @@ class Linker:
             if info & 0xFFFF_FFFF == PLT32
         }
         return {elf.symbols[number].name for number in called if number < len(elf.symbols)}
+
+
+def callers_at_hand(store: "Store", host: Host, modules: Iterable[Module] = ()) -> Callers:
+    """Return what the host's modules call, where calls are counted: of ``modules`` and the store's.
+
+    Raises:
+        VfsmapError: one of ``modules`` is not what the host has loaded.
+    """
+    if not counts_calls(host):
+        return {}
+    found = {m.name: bind(m, host) for m in modules if m.name in host.modules}
+    for variant in store.index.variants:
+        if not variant.is_kernel and variant.name in host.modules and variant.name not in found:
+            with suppress(VfsmapError):  # of another build
+                found[variant.name] = bind(store.module(variant), host)
+    return called_by(found.values())
 
 
 def in_order(modules: Sequence[Module]) -> list[Module]:

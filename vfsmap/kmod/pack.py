@@ -68,8 +68,12 @@ class PackFile(msgspec.Struct, frozen=True):
         return Descriptor.decode(raw)
 
 
-def arrange(layouts: Sequence[Layout], start: int) -> list[dict[Area, int]]:
+def arrange(
+    layouts: Sequence[Layout], start: int, spare: Sequence[int] = ()
+) -> list[dict[Area, int]]:
     """Return addresses for modules from a unit on: all text, then all read-only data, then data.
+
+    ``spare`` are the bytes to leave free behind each module's text.
 
     Raises:
         Invalid: ``start`` is not on a unit of 2 MiB.
@@ -79,10 +83,11 @@ def arrange(layouts: Sequence[Layout], start: int) -> list[dict[Area, int]]:
     places: list[dict[Area, int]] = [{Area.PERCPU: 0} for _ in layouts]
     at = start
     for areas in ((Area.TEXT,), (Area.RODATA,), COPIED):
-        for layout, place in zip(layouts, places, strict=True):
+        for layout, place, gap in zip(layouts, places, spare or [0] * len(layouts), strict=True):
             for area in areas:
                 place[area] = at
                 at += align_up(layout.sizes[area], PTE.size)
+                at += gap if area is Area.TEXT else 0
         at = align_up(at, PMD.size)
     return places
 

@@ -10,18 +10,27 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from vfsmap.errors import Damaged, Exists, Invalid, NotFound
-from vfsmap.kmod.bind import Bound, Placed, bases_from, bind, place_for
+from vfsmap.kmod.bind import (
+    Bound,
+    Placed,
+    bases_from,
+    bind,
+    pages_in,
+    place_for,
+    thunk_space,
+)
 from vfsmap.kmod.host import MODULE_AREA, Host, number
 from vfsmap.kmod.index import Index, Pack, Variant, host_digest, symbols_digest
 from vfsmap.kmod.kernel import Kernel, bind_kernel
 from vfsmap.kmod.layout import Area, Layout
-from vfsmap.kmod.linker import Linker, in_order
+from vfsmap.kmod.linker import Linker, callers_at_hand, in_order
 from vfsmap.kmod.module import Module
 from vfsmap.kmod.pack import (
     DATA,
@@ -146,9 +155,10 @@ class Store:
 
     def subject(self, variant: Variant) -> Subject:
         """Return what can be known of a variant, and bound to other hosts."""
+        callers = partial(callers_at_hand, self)
         if variant.is_kernel:
             kernel = Kernel(self._source(variant), variant.name)
-            return KernelSubject(kernel.moved_to(variant.text.start))
+            return KernelSubject(kernel.moved_to(variant.text.start), callers)
         host = self.host(variant)
         return ModuleSubject(
             self.module(variant),
@@ -156,6 +166,7 @@ class Store:
             variant.areas,
             self._linker(variant, host).resolve,
             variant.thunk_pages,
+            callers,
         )
 
     def host(self, variant: Variant) -> Host:
@@ -172,11 +183,18 @@ class Store:
         at = self.index.variants.index(variant)
         return Linker(self, host, self.module(variant), [], self.index.variants[:at])
 
-    def add(self, modules: Sequence[Module], host: Host, at: int | None = None) -> list[Variant]:
+    def add(
+        self,
+        modules: Sequence[Module],
+        host: Host,
+        at: int | None = None,
+        beside: Sequence[Module] = (),
+    ) -> list[Variant]:
         """Bind modules to a host and keep them, as one pack; return the new variants.
 
         Modules that the host's document places are bound there, others side by side at ``at`` or
-        in the first free unit; either all of them, or none.
+        in the first free unit; either all of them, or none.  ``beside`` are modules that the host
+        has loaded as well; those that the store has are known without.
 
         Raises:
             Exists: a module is there already, bound to this host.
@@ -191,13 +209,15 @@ class Store:
             digest = host_digest(host)
             for module in modules if at is None else ():
                 self._require_new(module.build_id, module.name, digest)
-            bound = self._bind(modules, host, at)
+            bound = self._bind(modules, host, at, beside)
             variants = self._write(bound, host, digest)
             self._replace_index()
         return variants
 
-    def add_kernel(self, raw: bytes, host: Host) -> Variant:
+    def add_kernel(self, raw: bytes, host: Host, beside: Sequence[Module] = ()) -> Variant:
         """Bind a kernel, given as its boot image, to a host and keep it.
+
+        ``beside`` are modules that the host has loaded; those that the store has are known without.
 
         Raises:
             Exists: it is there already, bound to this host.
@@ -211,7 +231,8 @@ class Store:
             self.index = self._read_index()
             digest = host_digest(host)
             self._require_new(kernel.build_id, "vmlinux", digest)
-            image, pages = bind_kernel(kernel, host)
+            callers = callers_at_hand(self, host, beside)
+            image, pages, doubts = bind_kernel(kernel, host, callers)
             source = hashlib.sha256(raw).hexdigest()
             write_once(self.directory / "sources" / source, raw)
             text = image.memory.read(image.text.start, len(image.text))
@@ -231,6 +252,7 @@ class Store:
                 offsets={},
                 thunk_pages=[page.start for page in pages],
                 is_kernel=True,
+                doubts=doubts,
             )
             files = {TEXT: in_units([(image.text.start, text)], TEXT)}
             self._write_pack(variant.pack, files, [variant.name])
@@ -255,13 +277,17 @@ class Store:
             files[name] = write_file(self.file(pack, name), raw, address)
         self.index.packs[pack] = Pack(files, modules)
 
-    def _bind(self, modules: Sequence[Module], host: Host, at: int | None) -> list[Bound]:
+    def _bind(
+        self, modules: Sequence[Module], host: Host, at: int | None, beside: Sequence[Module]
+    ) -> list[Bound]:
         layouts = [Layout(module) for module in modules]
+        spare = [0] * len(modules)
         if at is None and all(module.name in host.modules for module in modules):
             places = [bases_from(host, m, lay) for m, lay in zip(modules, layouts, strict=True)]
         else:
             start = self._free_unit(host) if at is None else at
-            places = arrange(layouts, start)
+            spare = [thunk_space(module, host) for module in modules]
+            places = arrange(layouts, start, spare)
             self._require_free(host, layouts, places)
             limit = IMAGES_END if host.user_space else _MODULES_END
             end = max(
@@ -278,11 +304,24 @@ class Store:
                     f"addresses that they can be reached at"
                 )
         bound: list[Bound] = []
+        callers = callers_at_hand(self, host, [*beside, *modules])
         place_of = {m.name: place for m, place in zip(modules, places, strict=True)}
+        pages_of = {
+            m.name: pages_in(align_up(place[Area.TEXT] + layout.sizes[Area.TEXT], PTE.size), size)
+            for m, layout, place, size in zip(modules, layouts, places, spare, strict=True)
+        }
         for module in in_order(modules):
-            others = [b.placed for b in bound]
-            linker = Linker(self, host, module, others, self.index.variants)
-            bound.append(bind(module, host, place_of[module.name], resolve=linker.resolve))
+            linker = Linker(self, host, module, [b.placed for b in bound], self.index.variants)
+            bound.append(
+                bind(
+                    module,
+                    host,
+                    place_of[module.name],
+                    resolve=linker.resolve,
+                    thunk_pages=pages_of[module.name],
+                    callers=callers,
+                )
+            )
         return bound
 
     def _free_unit(self, host: Host) -> int:
@@ -302,6 +341,8 @@ class Store:
             for area, base in variant.bases.items():
                 if area != Area.PERCPU.value and variant.sizes[area]:
                     yield variant.name, range(base, base + variant.sizes[area])
+            for page in variant.thunk_pages:
+                yield variant.name, range(page, page + PTE.size)
 
     def _require_free(
         self, host: Host, layouts: Sequence[Layout], places: Sequence[dict[Area, int]]
@@ -373,6 +414,7 @@ class Store:
             sizes={area.value: size for area, size in placed.layout.sizes.items()},
             offsets=offsets,
             thunk_pages=[page.start for page in bound.thunk_pages],
+            doubts=bound.doubts,
         )
 
     @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """What a store keeps, a module or a kernel, behind the one face that the loader needs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vfsmap.errors import NotFound
 from vfsmap.kmod.bind import Placed, bases_from, bind, place_for
+from vfsmap.kmod.branches import Callers
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import Image
 from vfsmap.kmod.kernel import Kernel, bind_kernel
@@ -14,6 +16,9 @@ from vfsmap.kmod.pack import COPIED
 from vfsmap.kmod.plan import kernel_write_set, keys_of, module_names, write_set
 from vfsmap.kmod.relocate import Resolver
 from vfsmap.kmod.tables import Site
+
+CallersOf = Callable[[Host], Callers]
+"""What the modules of a host call, as far as they are at hand."""
 
 
 class Rebound(NamedTuple):
@@ -67,8 +72,10 @@ class ModuleSubject:
         bases: dict[Area, int],
         resolve: Resolver,
         thunk_pages: list[int],
+        callers: CallersOf,
     ) -> None:
         """Place it where the store has it, for the host it was bound to."""
+        self._callers = callers
         self._module = module
         self._bases = bases
         self._resolve = resolve
@@ -87,7 +94,12 @@ class ModuleSubject:
         except NotFound:
             bases = self._bases
         bound = bind(
-            self._module, host, bases, resolve=self._resolve, thunk_pages=self._thunk_pages
+            self._module,
+            host,
+            bases,
+            resolve=self._resolve,
+            thunk_pages=self._thunk_pages,
+            callers=self._callers(host),
         )
         placed = bound.placed
         wanted = (Area.RODATA, *(area for area in COPIED if not area.is_init))
@@ -110,9 +122,10 @@ class ModuleSubject:
 class KernelSubject:
     """A kernel of a store."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        """Take a kernel as it was built."""
+    def __init__(self, kernel: Kernel, callers: CallersOf = lambda _: {}) -> None:
+        """Take a kernel as it was built, and what tells which of its functions modules call."""
         self._kernel = kernel
+        self._callers = callers
         self.image: Image = kernel.image()
 
     @classmethod
@@ -122,7 +135,7 @@ class KernelSubject:
 
     def bind(self, host: Host) -> Rebound:
         """Bind it anew."""
-        image, _ = bind_kernel(self._kernel, host)
+        image = bind_kernel(self._kernel, host, self._callers(host)).image
         start = image.text.start
         text = image.memory.read(start, len(image.text))
         planned = kernel_write_set(self.image, self._names())
