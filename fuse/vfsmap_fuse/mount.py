@@ -257,11 +257,13 @@ async def mounted(
             async with trio.open_nursery() as nursery:
                 mount = Mount(mountpoint)
                 nursery.start_soon(mount.run)
+                nursery.start_soon(operations.end_forgotten_soon)
                 try:
                     await mount.settle(options.rights())
                     yield mount
                 finally:
                     await mount.stop()
+                    nursery.cancel_scope.cancel()
     finally:
         fs.invalidators.remove(_invalidate)
         pyfuse3.close()

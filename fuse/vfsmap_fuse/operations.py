@@ -100,6 +100,9 @@ class Operations(pyfuse3.Operations):
         self._listings: dict[int, Listing] = {}
         self._known: dict[int, int] = {}
         self._held: set[int] = set()
+        self._forgotten: list[int] = []
+        """Held inodes that the kernel knows no more; soon they are let go, many at a time."""
+        self._ender = trio.lowlevel.ParkingLot()
 
     # names
 
@@ -204,7 +207,29 @@ class Operations(pyfuse3.Operations):
                 known[ino] = left
             else:
                 known.pop(ino, None)
-                self._unhold(ino)
+                if ino in self._held:
+                    self._forgotten.append(ino)
+        if self._forgotten:
+            self._ender.unpark()
+
+    async def end_forgotten_soon(self) -> None:
+        """Let go of what was forgotten whenever the handlers give way to other tasks.
+
+        A busy client's next request does not wait for it, and one transaction serves many.
+        """
+        while True:
+            await self._ender.park()
+            self._end_forgotten()
+
+    def _end_forgotten(self) -> None:
+        """Let go of held inodes that the kernel knows no more; those without a name end."""
+        forgotten = set(self._forgotten).difference(self._known) & self._held
+        self._forgotten.clear()
+        self._held -= forgotten
+        try:
+            self.fs.drop_all(forgotten)
+        except (VfsmapError, MemoryError) as exc:
+            log.error("deleted files are not freed before the pool is opened next: %s", exc)
 
     async def _let_forget(self) -> None:
         """Let requests that forget inodes catch up: the kernel lets others overtake them.
@@ -213,6 +238,7 @@ class Operations(pyfuse3.Operations):
         """
         for _ in range(_TURNS):
             await trio.lowlevel.checkpoint()
+        self._end_forgotten()
 
     def forget_all(self) -> None:
         """Forget what the kernel knows and has open; it is gone."""
@@ -221,16 +247,8 @@ class Operations(pyfuse3.Operations):
                 self.fs.drop(handle.ino, cached_writer=True)
         self._files.clear()
         self._known.clear()
-        for ino in list(self._held):
-            self._unhold(ino)
-
-    def _unhold(self, ino: int) -> None:
-        if ino in self._held:
-            self._held.remove(ino)
-            try:
-                self.fs.drop(ino)
-            except VfsmapError as exc:
-                log.error("inode %d is not freed before the pool is opened next: %s", ino, exc)
+        self._forgotten += self._held
+        self._end_forgotten()
 
     # attributes
 

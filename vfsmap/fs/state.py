@@ -55,17 +55,14 @@ BATCH_PIECES: Final = 1000
 class Use:
     """Who keeps an inode: open handles and kernel references, cached writers, leases."""
 
-    __slots__ = ("cached_writers", "holds", "pins")
+    __slots__ = ("cached_writers", "holds", "pins", "writable_pins")
 
     def __init__(self) -> None:
         self.holds = 0
         self.cached_writers = 0
         self.pins: dict[int, Pin] = {}
-
-    @property
-    def writable_pins(self) -> int:
+        self.writable_pins = 0
         """How many leases may store into the file."""
-        return sum(pin.writable for pin in self.pins.values())
 
 
 class Pin:
@@ -362,7 +359,21 @@ class State:
             raise Invalid(f"inode {ino} is not held so often")
         use.holds -= count
         use.cached_writers -= cached_writer
-        self._unused(ino, use)
+        if self._is_unused(ino, use):
+            self.end_inode(ino)
+
+    def drop_all(self, inos: Iterable[int]) -> None:
+        """End one hold of each inode; those without a name and a user end, many at a time.
+
+        Crash: an inode without a name ends when the pool is opened next.
+        """
+        ending: list[int] = []
+        for ino in inos:
+            use = self._uses[ino]
+            use.holds -= 1
+            if self._is_unused(ino, use):
+                ending.append(ino)
+        self._end_inodes(ending)
 
     def pin(self, ino: int, offset: int, length: int, *, writable: bool) -> int:
         """Keep a range's extents where they are, for a lease; return the pin's number."""
@@ -371,7 +382,9 @@ class State:
         number = self._next_pin
         self._next_pin += 1
         self._pins[number] = pin
-        self._uses.setdefault(ino, Use()).pins[number] = pin
+        use = self._uses.setdefault(ino, Use())
+        use.pins[number] = pin
+        use.writable_pins += writable
         return number
 
     def unpin(self, number: int) -> None:
@@ -382,9 +395,11 @@ class State:
         pin = self._pins.pop(number)
         use = self._uses[pin.ino]
         del use.pins[number]
+        use.writable_pins -= pin.writable
         if pin.writable:
             self._clean_tails.discard(pin.ino)
-        self._unused(pin.ino, use)
+        if self._is_unused(pin.ino, use):
+            self.end_inode(pin.ino)
 
     def has_writable_lease(self, ino: int) -> bool:
         """Tell whether windows may store into a file, after asking whether they are gone."""
@@ -407,22 +422,38 @@ class State:
             pin.offset < end and offset < pin.end for pin in use.pins.values()
         )
 
-    def _unused(self, ino: int, use: Use) -> None:
-        if not use.holds and not use.pins:
-            del self._uses[ino]
-            if ino in self.pool.objects and self.get(ino).nlink == 0 and self.pool.writable:
-                self.end_inode(ino)
+    def _is_unused(self, ino: int, use: Use) -> bool:
+        """Forget a use that has come to its end; tell whether the inode has to end with it."""
+        if use.holds or use.pins:
+            return False
+        del self._uses[ino]
+        return ino in self.pool.objects and self.get(ino).nlink == 0 and self.pool.writable
 
     def end_inode(self, ino: int) -> None:
         """End an inode that has no name and no user, and all that belongs to it.
 
         Crash: the inode is an orphan still, perhaps with fewer extents, and ends at the next open.
         """
-        oids = [*self._belongings(ino), ino]
+        self._end_inodes([ino])
+
+    def _end_inodes(self, inos: Iterable[int]) -> None:
+        ending: list[int] = []
+        oids: list[int] = []
+        for ino in inos:
+            ending.append(ino)
+            oids += (*self._belongings(ino), ino)
+            if len(oids) >= BATCH_PIECES:
+                self._end_batch(ending, oids)
+                ending, oids = [], []
+        self._end_batch(ending, oids)
+
+    def _end_batch(self, inos: list[int], oids: list[int]) -> None:
+        """End inodes; ``oids`` are the numbers of all that belongs to them, and their own."""
         for at in range(0, len(oids), BATCH_PIECES):
             with self.change() as tx:
                 self._end_objects(tx, oids[at : at + BATCH_PIECES])
-        self._forget_inode(ino)
+        for ino in inos:
+            self._forget_inode(ino)
 
     def _belongings(self, ino: int) -> list[int]:
         """Return the numbers of all objects that an inode owns."""
