@@ -92,12 +92,6 @@ class NoData(VfsmapError):
     errno = linux.ENODATA
 
 
-class OutOfRange(VfsmapError):
-    """A value or a buffer has a size that does not fit."""
-
-    errno = linux.ERANGE
-
-
 class Denied(VfsmapError):
     """The caller has no right to do this."""
 

@@ -15,7 +15,7 @@ from vfsmap.errors import Damaged, Invalid, NotFound
 from vfsmap.kmod.bind import patch
 from vfsmap.kmod.branches import BARE_RETURN, JUMP, Callers, Thunks, branch, counts_calls
 from vfsmap.kmod.compressed import is_packed, unpack
-from vfsmap.kmod.elf import ET_EXEC, Elf, Section
+from vfsmap.kmod.elf import ET_EXEC, Elf
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import (
     FTRACE,
@@ -228,13 +228,6 @@ class Kernel:
     def moves(self) -> list[Site]:
         """Return the places in memory that moving the kernel changes."""
         return [Site(place, size) for place, size, _ in self._moves()]
-
-    def section_of(self, address: int) -> Section | None:
-        """Return the loaded section that holds an address."""
-        for section in self.elf.sections:
-            if section.is_loaded and 0 <= address - self._address(section.address) < section.size:
-                return section
-        return None
 
 
 def is_kernel(data: bytes, name: str) -> bool:

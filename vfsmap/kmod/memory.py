@@ -87,8 +87,3 @@ class Memory:
         """Return a number of 64 bits."""
         region = self.find(address, 8, what)
         return int(_U64.unpack_from(region.data, address - region.start)[0])
-
-    def put_s32(self, address: int, value: int, what: str = "a write") -> None:
-        """Store a distance; what does not fit 32 bits wraps, as it does in the kernel."""
-        region = self.find(address, 4, what)
-        _U32.pack_into(region.data, address - region.start, value & 0xFFFF_FFFF)
