@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from vfsmap.fs import FileSystem, FollowedFileSystem
 from vfsmap.pmem.libc import syncfs
 from vfsmap.tally import Tallies
 from vfsmap.units import KIB, MIB
+from vfsmap_fuse import keeper
 from vfsmap_fuse.following import FollowingOperations
 from vfsmap_fuse.operations import Operations, Sync
 from vfsmap_fuse.poll import busy_polling
@@ -95,18 +98,14 @@ class MountOptions:
         # libfuse cuts its options at commas
         source = str(pool).replace("\\", "\\\\").replace(",", "\\,")
         kind = FOLLOWED if self.follow else DIRECT
-        words = {"default_permissions", "auto_unmount", f"fsname={source}", f"subtype={kind}"}
+        words = {"default_permissions", f"fsname={source}", f"subtype={kind}"}
         if self.read_only:
             words.add("ro")
         if self.allow_other or os.geteuid() == 0:
             words.add("allow_other")
+        if os.geteuid() == 0:  # of a file system that root mounts that is expected
+            words |= {word for word in ("dev", "suid") if f"no{word}" not in self.kernel}
         return words | self.kernel
-
-    def rights(self) -> set[str]:
-        """Return what root's mount allows and fusermount3, which auto_unmount needs, does not."""
-        if os.geteuid():
-            return set()
-        return {word for word in ("dev", "suid") if f"no{word}" not in self.kernel}
 
 
 class Mount:
@@ -131,8 +130,8 @@ class Mount:
         finally:
             self._unmounted.set()
 
-    async def settle(self, rights: set[str]) -> None:
-        """Wait until the mount answers; raise its rights and its read-ahead where permitted.
+    async def settle(self) -> None:
+        """Wait until the mount answers; raise its read-ahead where permitted.
 
         Raises:
             Busy: it does not answer.
@@ -142,13 +141,6 @@ class Mount:
         if scope.cancelled_caught:
             raise Busy(f"the mount on {self.mountpoint} has not answered for {_PATIENCE} seconds")
         self.device = status.st_dev
-        if rights:
-            words = ",".join(("remount", "bind", *sorted(rights)))
-            command = ["mount", "-o", words, str(self.mountpoint)]
-            done = await trio.run_process(command, check=False, capture_stderr=True)
-            if done.returncode:
-                reason = done.stderr.decode(errors="replace").strip()
-                log.warning("%s stays without %s: %s", self.mountpoint, ", ".join(rights), reason)
         bdi = Path(f"/sys/class/bdi/{os.major(self.device)}:{os.minor(self.device)}")
         try:
             (bdi / "read_ahead_kb").write_text(str(READ_AHEAD // KIB))
@@ -169,44 +161,40 @@ class Mount:
             await self._unmounted.wait()
 
 
-class Unmounter:
-    """Sees to it that fusermount3 takes the mount away when the server dies, however it dies.
+class Keeper:
+    """The process that takes the mount away when the server dies; there before the mount is."""
 
-    It hears of the death when the kernel closes a socket that libfuse has opened after the session,
-    and then takes a mount away that answers ENOTCONN.  A dying process's descriptors are released
-    from the highest down, so it would look before the session has ended, and leave the mount there.
-    """
+    def __init__(self, mountpoint: Path) -> None:
+        """Start it."""
+        self._process: subprocess.Popen[bytes] | None = None
+        arguments = [str(os.getpid()), os.path.realpath(mountpoint)]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", keeper.__file__, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as exc:
+            log.warning("nobody will unmount %s if this server is killed: %s", mountpoint, exc)
 
-    def __init__(self) -> None:
-        """Keep a low number free; to be made before the session is."""
-        self._lower = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        self._before = _sockets()
-        self._socket = -1
-
-    def tell_last(self) -> None:
-        """Have the session's end come before the socket's."""
-        for fd in _sockets() - self._before:
-            self._socket = fd
-            # the number stays taken: libfuse believes it to be its own
-            low = os.dup(self._lower)
-            os.dup2(fd, self._lower, inheritable=False)
-            os.dup2(low, fd, inheritable=False)
-            os.close(low)
+    def watch(self, device: int) -> None:
+        """Tell it the device number of the mount, now that it is known."""
+        self._tell(b"%d\n" % os.minor(device))
 
     def close(self) -> None:
-        """Let fusermount3 end."""
-        for fd in (self._lower, self._socket):
-            if fd >= 0:
-                os.close(fd)
+        """Have it end: there is no mount any more, or never was."""
+        self._tell(keeper.END)
+        if self._process:
+            self._process.communicate()
 
-
-def _sockets() -> set[int]:
-    found = set()
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # that of the listing itself
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                found.add(fd)
-    return found
+    def _tell(self, text: bytes) -> None:
+        if self._process and self._process.stdin:
+            with suppress(BrokenPipeError):  # somebody has killed it
+                self._process.stdin.write(text)
 
 
 @asynccontextmanager
@@ -232,7 +220,7 @@ async def mounted(
         tallies: where requests are counted, for those who want to know.
 
     Raises:
-        Unsupported: there is no FUSE here, or no fusermount3.
+        Unsupported: there is no FUSE here, or no fusermount3, which a user needs.
         NotFound, NotADirectory: the mount point is no directory.
         Denied: this user may not mount there.
         Busy: a mount was left behind there; or the mount failed, or did not answer.
@@ -243,14 +231,13 @@ async def mounted(
         fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback, tallies=tallies
     )
     _require_mountable(mountpoint, options)
-    unmounter = Unmounter()
+    watcher = Keeper(mountpoint)
     try:
         pyfuse3.init(operations, str(mountpoint), options.words(fs.pool.path.absolute()))
     except RuntimeError as exc:
-        unmounter.close()
+        watcher.close()
         # libfuse, or fusermount3, has said why on stderr
         raise Busy(f"can't mount on {mountpoint}: {exc}") from exc
-    unmounter.tell_last()
     fs.invalidators.append(_invalidate)
     try:
         with busy_polling() if options.busy_poll else nullcontext():
@@ -259,7 +246,8 @@ async def mounted(
                 nursery.start_soon(mount.run)
                 nursery.start_soon(operations.end_forgotten_soon)
                 try:
-                    await mount.settle(options.rights())
+                    await mount.settle()
+                    watcher.watch(mount.device)
                     yield mount
                 finally:
                     await mount.stop()
@@ -267,7 +255,7 @@ async def mounted(
     finally:
         fs.invalidators.remove(_invalidate)
         pyfuse3.close()
-        unmounter.close()
+        watcher.close()
         operations.forget_all()
 
 
@@ -277,7 +265,7 @@ def _require_mountable(mountpoint: Path, options: MountOptions) -> None:
         raise Unsupported("/dev/fuse is missing; load the kernel's module: modprobe fuse")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise Denied("this user may not open /dev/fuse; root can allow it: chmod 666 /dev/fuse")
-    if shutil.which("fusermount3") is None:
+    if user and shutil.which("fusermount3") is None:
         raise Unsupported("fusermount3 is missing; install the package fuse3")
     try:
         status = mountpoint.stat()

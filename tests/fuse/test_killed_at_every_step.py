@@ -19,6 +19,7 @@ import vfsmap
 from vfsmap.daemon.client import connect
 from vfsmap.testing.commands import Server, served_pool
 from vfsmap.testing.media import tmpfs
+from vfsmap.testing.posix import in_child
 from vfsmap.testing.waiting import wait_until
 from vfsmap.units import KIB, MIB
 
@@ -47,23 +48,6 @@ def die_at(step: int, counts: Callable[[FrameType], bool]) -> list[int]:
 
     sys.setprofile(at_call)
     return count
-
-
-def in_child(action: Callable[[], object]) -> tuple[int, bytes]:
-    """Run something in a fork; return how that ended, and what it returned."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.write(writer, repr(action()).encode())
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 
 
 def some(steps: int, most: int = FAST) -> list[int]:

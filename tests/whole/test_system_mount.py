@@ -181,7 +181,7 @@ def test_what_a_killed_server_left_behind_is_mounted_over(place: Place) -> None:
     place.run(*mount)
     place.see("file").write_bytes(b"text")
     # all at once, so that nobody is left to unmount
-    pids = place.run("pgrep", "-f", "vfsmap_tools.cli|auto_unmount").split()
+    pids = place.run("pgrep", "-f", "vfsmap_tools.cli|keeper.py").split()
     place.run("kill", "-KILL", *pids)
     while place.machine.run("pgrep", "-f", "vfsmap_tools.cli", check=False).stdout:
         os.sched_yield()

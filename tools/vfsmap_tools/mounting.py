@@ -162,7 +162,8 @@ def unmount_and_wait(directory: Path, *, force: bool = False, lazy: bool = False
     mounted = find_mount(directory)
     if mounted is None:
         raise Invalid(f"no pool is mounted on {directory}; see: findmnt -t fuse.vfsmap")
-    unmount(directory, force=force, lazy=lazy)
+    if not _clear_stale(directory):
+        unmount(directory, force=force, lazy=lazy)
     if not lazy and mounted.writable:  # who only reads holds nothing that others wait for
         with suppress(FileNotFoundError, PermissionError):
             wait_until_free(mounted.pool)
@@ -225,7 +226,10 @@ def _let_end(pool: Path) -> None:
 
 
 def _clear_stale(directory: Path) -> bool:
-    """Unmount what a server that was killed has left behind; False: its server lives."""
+    """Unmount what a server that was killed has left behind; False: its server lives.
+
+    Its keeper does that, unless it was killed, too.
+    """
     try:
         os.statvfs(directory)
     except OSError as exc:
@@ -233,7 +237,7 @@ def _clear_stale(directory: Path) -> bool:
             return False
     else:
         return False
-    with suppress(Busy):  # fusermount3, which has waited for the server's end, may be faster
+    with suppress(Busy):  # the keeper may be faster
         unmount(directory, lazy=True)
     return find_mount(directory) is None
 

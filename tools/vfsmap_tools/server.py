@@ -181,7 +181,7 @@ def _socket_of(options: ServerOptions, pool: Pool) -> Path:
 
 
 def _die(socket: Path | None, reason: str) -> NoReturn:
-    """End at once: what is mapped can't be touched any more; fusermount3 takes the mount away."""
+    """End at once: what is mapped can't be touched any more; the mount's keeper takes it away."""
     log.critical("%s", reason, stack_info=True)
     if socket is not None:
         socket.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ class Server:
         finally:
             os.close(pidfd)
         if find_mount(self.directory):
-            # auto_unmount may be just about to do it
+            # its keeper may be just about to do it
             subprocess.run(["umount", "-l", self.directory], capture_output=True, check=False)
         wait_until_free(self.pool)
 

@@ -70,8 +70,6 @@ class Tally:
     rounds: int = 0
     starting: int = 0
     """Kills before the server was ready."""
-    left: int = 0
-    """Mounts that were left behind by such a kill, and had to be removed."""
     operations: int = 0
     under_way: int = 0
     """Operations that a kill has interrupted."""
@@ -80,8 +78,7 @@ class Tally:
     def __str__(self) -> str:
         """Return it in one line."""
         return (
-            f"{self.rounds} rounds, {self.starting} kills while starting "
-            f"({self.left} left a mount), "
+            f"{self.rounds} rounds, {self.starting} kills while starting, "
             f"{self.operations} operations, {self.under_way} of them interrupted, "
             f"{len(self.failures)} failures"
         )
@@ -108,7 +105,7 @@ class Arena:
         mount`` runs; ``server`` stands in for it.
         """
         ours, theirs = _FORK.Pipe(duplex=False)
-        self.server = _FORK.Process(target=server or _be_server, args=(self, theirs))
+        self.server = _FORK.Process(target=server or be_server, args=(self, theirs))
         self.server.start()
         theirs.close()
         return ours
@@ -126,11 +123,17 @@ class Arena:
             raise Lost(f"the server does not start; its log is {self.log}") from None
 
     def kill(self) -> None:
-        """Kill the server, if there is one."""
+        """Kill the server, if there is one.
+
+        Raises:
+            Lost: it does not die.
+        """
         if self.server is not None:
-            self.server.kill()
-            self.server.join()
-            self.server = None
+            server, self.server = self.server, None
+            server.kill()
+            server.join(_PATIENCE)
+            if server.exitcode is None:
+                raise Lost(f"{_PATIENCE} seconds after the kill, the server has not died")
 
     def stop(self) -> None:
         """Have the server end by itself.
@@ -213,7 +216,8 @@ class Arena:
         self.records = []
 
 
-def _be_server(made: Arena, ready: Connection) -> None:
+def be_server(made: Arena, ready: Connection) -> None:
+    """Serve an arena's pool; tell when it is ready."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.basicConfig(filename=made.log, level=logging.INFO, force=True)
     try:
@@ -246,11 +250,11 @@ def arena(medium: str) -> Iterator[Arena]:
 
 
 def _clean_up(made: Arena) -> None:
-    made.kill()
     with suppress(Lost):
+        made.kill()
         made.require_nothing_left()
     if find_mount(made.directory):
-        subprocess.run(["umount", "--lazy", made.directory], check=False)
+        subprocess.run(["umount", "--force", "--lazy", made.directory], check=False)
 
 
 def run_round(made: Arena, seed: int, tally: Tally) -> None:
@@ -261,7 +265,7 @@ def run_round(made: Arena, seed: int, tally: Tally) -> None:
     """
     chance = random.Random(seed)
     if chance.randrange(_STARTING) == 0:
-        tally.left += _kill_while_starting(made, chance)
+        _kill_while_starting(made, chance)
         tally.starting += 1
     made.start_and_wait()
     if made.place(0).exists():
@@ -276,25 +280,13 @@ def run_round(made: Arena, seed: int, tally: Tally) -> None:
     tally.under_way += sum(len(record.trees) > record.finished + 1 for record in made.records)
 
 
-def _kill_while_starting(made: Arena, chance: random.Random) -> bool:
-    """Tell whether a mount was left behind.
-
-    That can happen in the moment in which fusermount3 hands the session over: it hears of the death
-    before the session has ended, and nobody is there yet who could help it.
-    """
+def _kill_while_starting(made: Arena, chance: random.Random) -> None:
     ready = made.start()
     ready.poll(chance.uniform(0, 0.3))
     made.kill()
     ready.close()
-    left = False
-    try:
-        made.require_nothing_left()
-    except Lost:
-        vfsmap("umount", made.directory)
-        left = True
     made.require_nothing_left()
     made.require_clean()
-    return left
 
 
 def _write_and_kill(made: Arena, seed: int, chance: random.Random) -> list[Record]:

@@ -59,3 +59,20 @@ def _outcome(
         return action(), None
     except BaseException as exc:
         return None, exc
+
+
+def in_child(action: Callable[[], object]) -> tuple[int, bytes]:
+    """Run something in a fork; return how that ended, and what it returned."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writer, repr(action()).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said

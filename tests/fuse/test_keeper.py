@@ -1,0 +1,143 @@
+"""A server dies at the worst of moments, and nothing of it stays."""
+
+import mmap
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import pytest
+
+import vfsmap
+from vfsmap.errors import VfsmapError
+from vfsmap.testing.commands import served_pool
+from vfsmap.testing.commands import vfsmap as vfsmap_command
+from vfsmap.testing.killing import Arena, arena, be_server
+from vfsmap.testing.media import tmpfs
+from vfsmap.testing.waiting import wait_until
+from vfsmap_fuse.operations import Operations
+from vfsmap_tools.mounts import find_mount
+
+TEXT = b"t" * 100_000
+
+
+@pytest.fixture
+def made() -> Iterator[Arena]:
+    with arena("tmpfs") as made:
+        yield made
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_mounting(made: Arena, ready: Connection, *, mounted: bool) -> None:
+    really = pyfuse3.init
+
+    def init(*arguments: Any) -> None:
+        if mounted:
+            really(*arguments)
+        die()
+
+    pyfuse3.init = init  # type: ignore[assignment]
+    be_server(made, ready)
+
+
+def die_in_write(made: Arena, ready: Connection) -> None:
+    really = Operations.write
+
+    async def write(self: Operations, fh: int, offset: int, data: bytes) -> int:
+        if data.startswith(b"die"):
+            die()
+        return await really(self, fh, offset, data)
+
+    Operations.write = write  # type: ignore[method-assign]
+    be_server(made, ready)
+
+
+def hold_a_file(made: Arena, ready: Connection) -> None:
+    """Serve, with a file of the mount itself open, as one that a client has sent."""
+
+    class Held:
+        def send(self, _: None) -> None:
+            threading.Thread(target=self.hold).start()
+
+        def hold(self) -> None:
+            os.open(made.directory / "file", os.O_CREAT | os.O_RDWR)
+            ready.send(None)
+
+    be_server(made, Held())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_server_that_is_killed_while_it_mounts_leaves_no_mount(
+    made: Arena, mounted: bool
+) -> None:
+    serve = partial(die_at_mounting, mounted=mounted)
+    with made.start(serve) as ready, pytest.raises(EOFError):
+        ready.recv()
+    made.kill()
+    made.require_nothing_left()
+    made.start_and_wait()
+    made.stop()
+
+
+def dirty_and_map(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        view[:3] = b"die"
+        with pytest.raises((VfsmapError, OSError)):
+            vfsmap.map(path, direct=True)
+
+
+def test_a_server_that_is_killed_while_it_writes_pages_back_for_a_lease_dies(made: Arena) -> None:
+    with made.start(die_in_write) as ready:
+        ready.recv()
+    path = made.directory / "file"
+    path.write_bytes(TEXT)
+    client = multiprocessing.Process(target=dirty_and_map, args=(path,))
+    client.start()
+    assert made.server
+    made.server.join(20)
+    made.kill()
+    made.require_nothing_left()
+    client.join()
+    assert client.exitcode == 0
+    made.require_clean()
+    made.start_and_wait()
+    assert path.read_bytes() == TEXT
+    made.stop()
+
+
+def test_a_server_that_is_killed_with_a_file_of_its_own_mount_open_dies(made: Arena) -> None:
+    with made.start(hold_a_file) as ready:
+        ready.recv()
+    made.kill()
+    made.require_nothing_left()
+    made.require_clean()
+
+
+@pytest.mark.parametrize("command", ["umount", "mount"])
+def test_a_mount_whose_keeper_was_killed_too_is_taken_away_by_the_next_command(
+    command: str,
+) -> None:
+    with tmpfs() as place, served_pool(place, "64M") as server:
+        (server.directory / "file").write_bytes(TEXT)
+        pid = server.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        with (server.directory / "file").open("rb"):
+            for one in (*map(int, children), pid):
+                os.kill(one, signal.SIGKILL)
+            wait_until(lambda: not Path(f"/proc/{pid}").exists())
+            assert find_mount(server.directory)
+            if command == "umount":
+                vfsmap_command("umount", server.directory)
+                assert not find_mount(server.directory)
+            else:
+                server.mount()
+                assert (server.directory / "file").read_bytes() == TEXT
