@@ -11,11 +11,14 @@ import zstandard
 
 from vfsmap.errors import Damaged, Denied, Invalid, NotFound, Unsupported, VfsmapError
 from vfsmap.kmod.bind import bases_at, bind
-from vfsmap.kmod.derive import mitigations, running_host
+from vfsmap.kmod.branches import CALL_DEPTH, RETHUNK, RETPOLINE, RETPOLINE_LFENCE
+from vfsmap.kmod.derive import UNRET, mitigations, return_thunk, running_host
 from vfsmap.kmod.host import Document, Host
+from vfsmap.kmod.image import NEW, OLD
 from vfsmap.kmod.layout import Layout
 from vfsmap.kmod.module import Module, find_modules
 
+DATA = Path(__file__).parents[1] / "data" / "kmod"
 TEXT_AT = 0xFFFFFFFFC0000000
 _NAMES = [
     "",
@@ -210,6 +213,18 @@ def test_a_directory_without_modules_is_told(tmp_path: Path) -> None:
             Invalid,
             "does not fit 64 bits",
         ),
+        (b'{"kernel": "\xff", "x86_capability": []}', Damaged, "can't decode byte"),
+        (b"[" * 100000, Damaged, "Expected `object`"),
+        (
+            b'{"kernel": "6", "x86_capability": [], "vmlinux_text_len": -7}',
+            Invalid,
+            r"host\.json: vmlinux_text_len: no text has -7 bytes",
+        ),
+        (
+            b'{"kernel": "6", "x86_capability": [], "modules": {"a": {"text_len": 9999999999}}}',
+            Invalid,
+            r"modules\.a\.text_len: no text has 9999999999 bytes",
+        ),
     ],
 )
 def test_documents_that_make_no_sense_are_refused(
@@ -275,3 +290,15 @@ def test_the_running_kernel_is_described_as_far_as_it_can_be_seen(tmp_path: Path
 )
 def test_mitigations_are_read_from_what_the_kernel_says(line: str, features: set[int]) -> None:
     assert mitigations([line]) == features
+
+
+@pytest.mark.parametrize(
+    "path", sorted(DATA.rglob("*.json.xz")), ids=lambda p: str(p.relative_to(DATA))
+)
+def test_what_a_kernel_says_of_its_mitigations_is_what_it_has_done(path: Path) -> None:
+    where = Host.open(path)
+    dialect = NEW if where.release.startswith("6.12") else OLD
+    wanted = (RETPOLINE, RETPOLINE_LFENCE, RETHUNK, UNRET, CALL_DEPTH, dialect.its_feature)
+    said = mitigations(where.document.vulnerabilities)
+    assert {bit for bit in wanted if bit in said} == {bit for bit in wanted if where.has(bit)}
+    assert return_thunk(where.document.vulnerabilities, where.symbols) == where.return_thunk

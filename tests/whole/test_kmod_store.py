@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,6 +202,49 @@ def test_an_index_that_makes_no_sense_is_damage(tmp_path: Path, content: bytes) 
         Store(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda index: index["packs"].clear(), "crc7 is in the pack"),
+        (lambda index: [p["files"].pop("text") for p in index["packs"].values()], "no file text"),
+        (
+            lambda index: [p["files"]["data"].update(size=-1) for p in index["packs"].values()],
+            "no file data",
+        ),
+        (lambda index: index["variants"][0]["bases"].pop("text"), "area text"),
+        (lambda index: index["variants"][0]["sizes"].pop("data"), "area data"),
+        (lambda index: index["variants"][0]["sizes"].update(text=1 << 40), "area text"),
+        (lambda index: index["variants"][0]["bases"].update(text=-4096), "area text"),
+        (lambda index: index["variants"][0]["bases"].update(other=0), "area other"),
+        (lambda index: index["variants"][0]["offsets"].clear(), "its data is nowhere"),
+        (lambda index: index["variants"][0]["offsets"].update(data=-1), "its data is nowhere"),
+    ],
+    ids=["packs", "file", "size", "base", "no size", "large", "low", "area", "offsets", "offset"],
+)
+def test_an_index_whose_numbers_can_not_be_is_damage(
+    tmp_path: Path, spoil: Callable[[Any], object], message: str
+) -> None:
+    Store(tmp_path).add([module("crc7")], Host(user_host()))
+    path = tmp_path / "index.json"
+    index = json.loads(path.read_bytes())
+    spoil(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(Damaged, match=rf"index\.json: .*{message}"):
+        Store(tmp_path)
+
+
+def test_a_hosts_document_that_has_changed_or_is_gone_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (variant,) = store.add([module("crc7")], Host(user_host()))
+    path = tmp_path / "hosts" / f"{variant.host}.json"
+    path.write_bytes(path.read_bytes().replace(b"user space", b"outer space"))
+    with pytest.raises(Damaged, match="has changed since crc7 was added"):
+        store.host(variant)
+    path.unlink()
+    with pytest.raises(Damaged, match="No such file"):
+        store.host(variant)
+
+
 def test_a_source_that_has_changed_is_damage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (variant,) = store.add([module("crc7")], Host(user_host()))
@@ -279,6 +324,22 @@ def test_a_module_is_bound_to_what_was_there_not_to_what_came_later(tmp_path: Pa
         (("toggle", "STORE", "crc7", "zz"), 2, "shall zz be on or off?"),
         (("ls", "STORE/nothing"), 1, "is no store; make one"),
         (("sites",), 2, "name a file, or a directory"),
+        (("sites", "--all", "STORE/sources"), 1, "no module (*.ko, packed or not) below"),
+        (("ls", "STORE/packs"), 1, "is no store; make one"),
+        (("verify", "STORE/packs"), 1, "is no store; make one"),
+        (("load", "STORE", "@0x40000000"), 2, "an image without a name"),
+        (("load", "STORE", "crc7@zz"), 2, "'zz' is no address"),
+        (("trace", "STORE", "crc7"), 2, "Missing argument '{on|off}'. Choose from: on, off"),
+        (("add", "CRC7", "CRC7", "STORE/new"), 2, "crc7 is given twice"),
+        (("add", "CRC7", "STORE/new", "--at", "0"), 2, "0x0 to 0x"),
+        (("add", "CRC7", "STORE/new", "--at", "0xffffffff81000000"), 2, "can be reached at"),
+        (("text", "CRC7", "--host", "HOST", "-o", "OUT", "--at", "-4096"), 2, "64 bits"),
+        (("call", "STORE", "crc7", "crc7_be", "-1", "zeros:1T"), 1, "is larger than 64M"),
+        (("call", "STORE", "crc7", "crc7_be", "0", "file:/dev/zero"), 1, "is larger than 64M"),
+        (("call", "STORE", "crc7", "crc7_be", str(1 << 64)), 2, f"argument '{1 << 64}'"),
+        (("call", "STORE", "crc7", "crc7_be", "--nothing"), 2, "argument '--nothing'"),
+        (("call", "STORE", "crc7", "__this_module"), 2, "is not in the text of crc7"),
+        (("call", "STORE", "crc7", "crc7_be", "0", "8", "9"), 1, "ended the child by SIGSEGV"),
         (("text", "STORE/index.json", "--host", "HOST", "-o", "OUT"), 3, "not an ELF file"),
     ],
 )
@@ -287,7 +348,11 @@ def test_what_goes_wrong_is_said_in_one_line(
 ) -> None:
     store = tmp_path / "store"
     Store(store).add([module("crc7"), module("reed_solomon")], Host(user_host()))
-    names = {"HOST": DATA / "61max" / "host.json.xz", "OUT": tmp_path / "out"}
+    names = {
+        "HOST": DATA / "61max" / "host.json.xz",
+        "OUT": tmp_path / "out",
+        "CRC7": modules("61")["crc7"],
+    }
     words = [str(names.get(a, a)).replace("STORE", str(store)) for a in arguments]
     done = vfsmap("module", *words, check=False)
     assert done.returncode == code

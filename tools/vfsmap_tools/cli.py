@@ -80,7 +80,7 @@ class Lazy(click.Group):
 
             context = getattr(exc, "ctx", None)
             see = f"; see: {context.command_path} --help" if context else ""
-            complain(exc.format_message().rstrip(".") + see)
+            complain(" ".join(exc.format_message().split()).rstrip(".") + see)
             code = exc.exit_code
         except click.Abort:
             code = 1

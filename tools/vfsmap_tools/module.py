@@ -78,12 +78,12 @@ def add(
     for path in files:
         raw = path.read_bytes()
         if is_kernel(raw, path.name):
-            kernels.append(raw)
+            kernels.append((raw, path.name))
         else:
             modules.append(Module(raw, path.name))
     beside = modules_beside(others, host)
     variants = opened.add(modules, host, at, beside) if modules else []
-    variants += [opened.add_kernel(raw, host, beside) for raw in kernels]
+    variants += [opened.add_kernel(raw, host, beside, file_name=name) for raw, name in kernels]
     rows = [
         {
             "module": v.name,

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 import vfsmap
-from vfsmap.errors import Invalid
+from vfsmap.errors import Invalid, Unsupported
 from vfsmap.guard import Policy, Violation
 from vfsmap.kmod.host import Host, number
 from vfsmap.kmod.loader import Loader, Report
 from vfsmap.kmod.runner import Runner
 from vfsmap.kmod.store import Store
 from vfsmap.pstore import Recorder
-from vfsmap.units import Level
+from vfsmap.units import Level, format_size, parse_size
 from vfsmap_tools.console import (
     complain,
     errors_exit,
@@ -37,6 +37,7 @@ from vfsmap_tools.module_options import (
 )
 
 _MOST_TOLD = 3
+_LARGEST = 64 << 20
 
 
 @click.command("load")
@@ -78,7 +79,7 @@ def load(
         signal.sigwait(ends)
 
 
-@click.command("call")
+@click.command("call", context_settings={"ignore_unknown_options": True})  # of -1, say
 @click.argument("store", type=PATH, metavar="DST")
 @click.argument("image")
 @click.argument("function")
@@ -121,18 +122,27 @@ def _argument(text: str) -> int | bytes:
     kind, colon, rest = text.partition(":")
     try:
         if not colon:
-            return int(text, 0)
+            number = int(text, 0)
+            if -(1 << 63) <= number < 1 << 64:
+                return number
         if kind == "hex":
             return bytes.fromhex(rest)
         if kind == "text":
             return rest.encode()
         if kind == "file":
-            return Path(rest).read_bytes()
+            with Path(rest).open("rb") as stream:
+                return _bounded(stream.read(_LARGEST + 1), text)
         if kind == "zeros":
-            return bytes(int(rest, 0))
+            return _bounded(bytes(min(parse_size(rest), _LARGEST + 1)), text)
     except ValueError:
         pass
     raise Invalid(f"argument {text!r}: a number, hex:..., text:..., file:... or zeros:SIZE")
+
+
+def _bounded(content: bytes, text: str) -> bytes:
+    if len(content) > _LARGEST:
+        raise Unsupported(f"argument {text!r} is larger than {format_size(_LARGEST)}")
+    return content
 
 
 @click.command("toggle")

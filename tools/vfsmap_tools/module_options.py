@@ -10,7 +10,7 @@ from vfsmap.errors import Invalid, NotFound
 from vfsmap.guard import POLICIES
 from vfsmap.kmod.host import Host, number
 from vfsmap.kmod.module import Module, find_modules
-from vfsmap.kmod.store import Store
+from vfsmap.kmod.store import INDEX, Store
 from vfsmap.units import PTE
 from vfsmap_tools.console import LEVEL, complain, print_json, print_table
 
@@ -78,9 +78,9 @@ def existing(path: Path) -> Store:
     """Return the store in a directory.
 
     Raises:
-        NotFound: there is no such directory.
+        NotFound: there is none.
     """
-    if not path.is_dir():
+    if not (path / INDEX).is_file():
         raise NotFound(f"{path} is no store; make one with: vfsmap module add KO... {path}")
     return Store(path)
 

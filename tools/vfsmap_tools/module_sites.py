@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vfsmap.errors import Invalid, VfsmapError
+from vfsmap.errors import Damaged, Invalid, VfsmapError
 from vfsmap.kmod.kernel import Kernel, is_kernel
 from vfsmap.kmod.module import find_modules
 from vfsmap.kmod.survey import TIERS, Survey, survey_file, survey_kernel
@@ -47,6 +47,8 @@ def sites(file: Path | None, directory: Path | None, quiet: bool, as_json: bool)
     else:
         assert directory is not None
         found = survey_all(find_modules(directory), hidden=quiet or as_json)
+        if not found.modules:
+            raise Damaged(f"no file below {directory} is a module")
     if as_json:
         print_json(found.as_dict())
     else:

@@ -169,6 +169,8 @@ def place_for(
     for area, base in bases.items():
         if area is not Area.PERCPU and layout.sizes[area] and base % PTE.size:
             raise Invalid(f"{module.file_name}: {area.value} can't start at {base:#x}, off a page")
+        if area is not Area.PERCPU and base + layout.sizes[area] > 1 << 64:
+            raise Invalid(f"{module.file_name}: {area.value} at {base:#x} has no end")
     image = place(module, layout, {a: b for a, b in bases.items() if a is not Area.PERCPU})
 
     def find(name: str) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final, NoReturn
 
 import msgspec
 
-from vfsmap.errors import VfsmapError
+from vfsmap.errors import Invalid, VfsmapError
 from vfsmap.guard import Policy
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.loader import Loader
@@ -165,7 +165,10 @@ class Server:
             return Answer(value=self._loader.toggle(loaded, ask.address, ask.enabled))
         if ask.what == "trace":
             return Answer(value=self._loader.trace(loaded, ask.enabled))
-        return self._call(loaded.subject.address_of(ask.function), ask.arguments)
+        address = loaded.subject.address_of(ask.function)
+        if address not in loaded.variant.text:
+            raise Invalid(f"{ask.function} is not in the text of {ask.image} that is kept")
+        return self._call(address, ask.arguments)
 
     def _call(self, address: int, arguments: list[int | str]) -> Answer:
         buffers = []

@@ -98,10 +98,12 @@ def mitigations(vulnerabilities: list[str]) -> set[int]:
         found |= {RETHUNK, UNRET}
     if "Stuffing" in bleed:
         found |= {RETHUNK, CALL_DEPTH}
-    if "Safe RET" in states.get("spec_rstack_overflow", ""):
+    if "safe ret" in states.get("spec_rstack_overflow", "").lower():
         found.add(RETHUNK)
     if "Aligned branch/return thunks" in states.get("indirect_target_selection", ""):
-        found |= {RETHUNK, OLD.its_feature, NEW.its_feature}
+        found.add(RETHUNK)
+        if RETPOLINE not in found:  # they are safe by themselves
+            found |= {OLD.its_feature, NEW.its_feature}
     return found
 
 
@@ -109,7 +111,7 @@ def return_thunk(vulnerabilities: list[str], symbols: dict[str, int]) -> int | N
     """Return the return thunk that the mitigations in use call for, if it can be told."""
     states = dict(line.partition(":")[::2] for line in vulnerabilities if ":" in line)
     name = "__x86_return_thunk"
-    if "Safe RET" in states.get("spec_rstack_overflow", ""):
+    if "safe ret" in states.get("spec_rstack_overflow", "").lower():
         name = "srso_return_thunk"
     elif "untrained return thunk" in states.get("retbleed", ""):
         name = "retbleed_return_thunk"

@@ -88,7 +88,10 @@ class Elf:
         ident, self.kind, machine = header[0], header[1], header[2]
         if ident[4] != 2 or ident[5] != 1 or machine != _EM_X86_64:
             bits = {1: 32, 2: 64}.get(ident[4], 0)
-            raise Unsupported(f"{name} is for machine {machine} of {bits} bits, not for x86-64")
+            order = "" if ident[5] == 1 else ", most significant byte first,"
+            raise Unsupported(
+                f"{name} is for machine {machine} of {bits} bits{order}, not for x86-64"
+            )
         self._segment_offset, section_offset = header[5], header[6]
         self._segment_size, self._segment_count = header[9], header[10]
         size, count, names = header[11:14]

@@ -11,9 +11,12 @@ import msgspec
 
 from vfsmap.errors import Damaged, Invalid, NotFound
 from vfsmap.kmod.compressed import unpack
+from vfsmap.units import GIB
 
 KERNEL_TEXT: Final = 0xFFFF_FFFF_8100_0000
 """Where a kernel that is not moved at random has its text."""
+KERNEL_AREA: Final = 0xFFFF_FFFF_8000_0000
+"""Its code reaches what lies from here on, and nothing else."""
 MODULE_AREA: Final = 0xFFFF_FFFF_C000_0000
 
 _WORDS: Final = 24  # 22 words of features, 2 of bugs
@@ -95,7 +98,7 @@ class Host:
         self.uniproc = document.uniproc_patched
         self.user_space = document.user_space
         start = number(document.kernel_text_va)
-        self.text = range(start, start + document.vmlinux_text_len)
+        self.text = _range(start, document.vmlinux_text_len, "vmlinux_text_len")
         self.trampolines = {number(k): number(v) for k, v in document.tramp_to_key.items()}
         self.constants = _addresses(document.runtime_constants)
         self.thunk_pages = [number(page) for page in document.its_pages]
@@ -111,7 +114,7 @@ class Host:
                 _addresses(module.sections),
                 _addresses(module.imports),
                 number(module.percpu_base),
-                range(base, base + module.text_len),
+                _range(base, module.text_len, f"modules.{name}.text_len"),
                 [number(page) for page in module.its_pages],
                 module,
             )
@@ -130,11 +133,14 @@ class Host:
 
         Raises:
             Damaged: it is no JSON, or lacks a field, or has one of a wrong type.
+            Invalid: a number is none, or does not fit its place.
         """
         try:
             return cls(msgspec.json.decode(unpack(raw, name), type=Document))
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise Damaged(f"{name}: {exc}") from exc
+        except Invalid as exc:
+            raise Invalid(f"{name}: {exc}") from exc
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -203,6 +209,12 @@ def number(value: Number) -> int:
     if not 0 <= found <= _MASK:
         raise Invalid(f"address {value} does not fit 64 bits")
     return found
+
+
+def _range(start: int, size: int, what: str) -> range:
+    if not 0 <= size <= GIB:
+        raise Invalid(f"{what}: no text has {size} bytes")
+    return range(start, start + size)
 
 
 def _addresses(document: Numbers) -> dict[str, int]:

@@ -1,14 +1,14 @@
 """What a store remembers of the images it holds, as it is written to ``index.json``."""
 
 import hashlib
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from vfsmap.kmod.bind import Placed
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.layout import Area
-from vfsmap.kmod.pack import PackFile
+from vfsmap.kmod.pack import COPIED, FILES, PackFile
 from vfsmap.kmod.userspace import (
     FIRST_SLOT,
     FIRST_VARIABLE,
@@ -57,6 +57,21 @@ class Variant(msgspec.Struct, frozen=True):
         start = self.bases[Area.TEXT.value]
         return range(start, start + self.sizes[Area.TEXT.value])
 
+    def problem(self) -> str:
+        """Return what makes no sense in it; nothing if all does."""
+        areas = {area.value for area in Area}
+        for name in areas | self.bases.keys() | self.sizes.keys():
+            base, size = self.bases.get(name, 0), self.sizes.get(name, -1)
+            placed = name in self.bases or self.is_kernel or not size
+            if name not in areas or not placed or not _is_range(base, size):
+                return f"its area {name} can't be"
+        if Area.TEXT.value not in self.bases:
+            return "it has no text"
+        copied = (area.value for area in COPIED if self.sizes[area.value])
+        if not all(self.offsets.get(name, -1) >= 0 for name in copied):
+            return "its data is nowhere"
+        return ""
+
     @property
     def areas(self) -> dict[Area, int]:
         """Where its areas lie."""
@@ -70,6 +85,13 @@ class Pack(msgspec.Struct, frozen=True):
     modules: list[str]
 
 
+_LARGEST: Final = 1 << 32
+
+
+def _is_range(start: int, size: int) -> bool:
+    return 0 <= size <= _LARGEST and start >= 0 and start + size <= 1 << 64
+
+
 class Index(msgspec.Struct):
     """What a store holds."""
 
@@ -79,6 +101,20 @@ class Index(msgspec.Struct):
     functions: list[str] = []
     """Imports that got a stub, in the order of their slots."""
     variables: list[str] = []
+
+    def problem(self) -> str:
+        """Return what makes no sense in it; nothing if all does."""
+        for name, pack in self.packs.items():
+            for file in FILES:
+                recorded = pack.files.get(file)
+                if recorded is None or not _is_range(recorded.address, recorded.size):
+                    return f"pack {name} has no file {file} that could be mapped"
+        for variant in self.variants:
+            if variant.pack not in self.packs:
+                return f"{variant.name} is in the pack {variant.pack}, which is not there"
+            if wrong := variant.problem():
+                return f"{variant.name}: {wrong}"
+        return ""
 
     def stubs(self) -> Stubs:
         """Return all places of stand-ins."""

@@ -26,7 +26,7 @@ from vfsmap.kmod.bind import (
     place_for,
     thunk_space,
 )
-from vfsmap.kmod.host import MODULE_AREA, Host, number
+from vfsmap.kmod.host import KERNEL_AREA, MODULE_AREA, Host, number
 from vfsmap.kmod.index import Index, Pack, Variant, host_digest, symbols_digest
 from vfsmap.kmod.kernel import Kernel, bind_kernel
 from vfsmap.kmod.layout import Area, Layout
@@ -54,7 +54,7 @@ from vfsmap.kmod.userspace import (
 )
 from vfsmap.units import PMD, PTE, align_up
 
-_INDEX: Final = "index.json"
+INDEX: Final = "index.json"
 _MODULES_END: Final = 0xFFFF_FFFF_FF00_0000
 
 
@@ -71,17 +71,19 @@ class Store:
         self.index = self._read_index()
 
     def _read_index(self) -> Index:
-        path = self.directory / _INDEX
+        path = self.directory / INDEX
         try:
             index = msgspec.json.decode(path.read_bytes(), type=Index)
         except FileNotFoundError:
             return Index()
         except NotADirectoryError:
             raise Invalid(f"{self.directory} is no directory") from None
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise Damaged(f"{path}: {exc}") from exc
         if index.version != 1:
             raise Damaged(f"{path} has the version {index.version}, 1 is known")
+        if wrong := index.problem():
+            raise Damaged(f"{path}: {wrong}")
         return index
 
     def find(self, name: str, host: Host | None = None) -> list[Variant]:
@@ -93,7 +95,10 @@ class Store:
             NotFound: the store has no such module.
             Invalid: the address is none.
         """
-        name, _, address = name.replace("-", "_").partition("@")
+        name, _, address = name.partition("@")
+        name = name.replace("-", "_")
+        if not name:
+            raise Invalid("an image without a name: NAME or NAME@ADDRESS is expected")
         found = [variant for variant in self.index.variants if variant.name == name]
         if found and address:
             start = number(address)
@@ -170,8 +175,19 @@ class Store:
         )
 
     def host(self, variant: Variant) -> Host:
-        """Return the host that a variant was bound to."""
-        return Host.open(self.directory / "hosts" / f"{variant.host}.json")
+        """Return the host that a variant was bound to.
+
+        Raises:
+            Damaged: its document has changed, or is gone.
+        """
+        path = self.directory / "hosts" / f"{variant.host}.json"
+        try:
+            host = Host.open(path)
+        except OSError as exc:
+            raise Damaged(f"{path}: {exc.strerror}") from exc
+        if host_digest(host) != variant.host:
+            raise Damaged(f"{path} has changed since {variant.name} was added")
+        return host
 
     def placed(self, variant: Variant) -> Placed:
         """Return a variant's module where it was bound, relocated for its host."""
@@ -207,6 +223,10 @@ class Store:
         with self._locked():
             self.index = self._read_index()
             digest = host_digest(host)
+            names = [module.name for module in modules]
+            for name in names:
+                if names.count(name) > 1:
+                    raise Invalid(f"{name} is given twice")
             for module in modules if at is None else ():
                 self._require_new(module.build_id, module.name, digest)
             bound = self._bind(modules, host, at, beside)
@@ -214,7 +234,14 @@ class Store:
             self._replace_index()
         return variants
 
-    def add_kernel(self, raw: bytes, host: Host, beside: Sequence[Module] = ()) -> Variant:
+    def add_kernel(
+        self,
+        raw: bytes,
+        host: Host,
+        beside: Sequence[Module] = (),
+        *,
+        file_name: str = "vmlinux",
+    ) -> Variant:
         """Bind a kernel, given as its boot image, to a host and keep it.
 
         ``beside`` are modules that the host has loaded; those that the store has are known without.
@@ -225,7 +252,7 @@ class Store:
 
         Crash: it is there, or it is not.
         """
-        kernel = Kernel(raw, "vmlinux")
+        kernel = Kernel(raw, file_name)
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.index = self._read_index()
@@ -289,6 +316,7 @@ class Store:
             spare = [thunk_space(module, host) for module in modules]
             places = arrange(layouts, start, spare)
             self._require_free(host, layouts, places)
+            first = PMD.size if host.user_space else KERNEL_AREA
             limit = IMAGES_END if host.user_space else _MODULES_END
             end = max(
                 (
@@ -298,10 +326,10 @@ class Store:
                 ),
                 default=0,
             )
-            if end > limit:
+            if start < first or end > limit:
                 raise Invalid(
-                    f"modules from {start:#x} on would end at {end:#x}, behind the "
-                    f"addresses that they can be reached at"
+                    f"modules from {start:#x} to {end:#x} are outside the addresses that they "
+                    f"can be reached at, {first:#x} to {limit:#x}"
                 )
         bound: list[Bound] = []
         callers = callers_at_hand(self, host, [*beside, *modules])
@@ -428,12 +456,12 @@ class Store:
             os.close(fd)
 
     def _replace_index(self) -> None:
-        path = self.directory / f"{_INDEX}.new"
+        path = self.directory / f"{INDEX}.new"
         with path.open("wb") as stream:
             stream.write(msgspec.json.format(msgspec.json.encode(self.index), indent=1))
             stream.flush()
             os.fsync(stream.fileno())
-        path.replace(self.directory / _INDEX)  # the commit point
+        path.replace(self.directory / INDEX)  # the commit point
 
     def verify(self, mapper: Mapper) -> dict[str, list[int]]:
         """Check every file of every pack; return the damaged blocks of each that has some.
