@@ -82,7 +82,8 @@ def _answer(fs: FileSystem, name: str, exc: Exception, doubts: int) -> FUSEError
         return exc
     if isinstance(exc, VfsmapError):
         if isinstance(exc, MediumError):
-            log.error("%s: %s", name, exc)
+            state = "; the pool is read-only from now on" if fs.pool.failed else ""
+            log.error("%s: %s%s", name, exc, state)
         return FUSEError(exc.errno)
     short_of = shortage(exc)
     if short_of and fs.pool.journal.doubts == doubts:

@@ -4,15 +4,17 @@ import errno
 import os
 import select
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
+import vfsmap as vfsmap_package
+from vfsmap.errors import MediumError
 from vfsmap.testing.commands import Server, served_pool, vfsmap
-from vfsmap.testing.media import ext4_loop, full_disk, hugetlbfs, tmpfs
+from vfsmap.testing.media import Disk, ext4_loop, full_disk, hugetlbfs, tmpfs
 from vfsmap.testing.posix import refused
 from vfsmap.testing.waiting import wait_until
 from vfsmap.units import KIB, MIB
@@ -161,21 +163,38 @@ def test_a_full_medium_refuses_what_does_not_fit_and_loses_nothing(kind: str, si
         assert "clean" in vfsmap("check", pool).stdout
 
 
-def test_a_disk_that_refuses_to_write_back_is_an_error_and_costs_nothing_that_was_durable() -> None:
+def write_data(late: Path) -> None:
+    """Do what a fsync writes back with fdatasync(2), before its batch."""
+    late.write_bytes(os.urandom(8 * MIB))
+
+
+def write_metadata(late: Path) -> None:
+    """Do what a fsync has only a batch for, which it writes back with msync(2)."""
+    late.touch()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "write"),
+    [(Disk.fill, write_data), (Disk.fail, write_data), (Disk.fail, write_metadata)],
+)
+def test_a_disk_that_refuses_to_write_back_is_an_error_and_costs_nothing_that_was_durable(
+    spoil: Callable[[Disk], None], write: Callable[[Path], None]
+) -> None:
     with full_disk("64M") as disk:
         with served_pool(disk.directory, "32M") as server:
             kept, late = server.directory / "kept", server.directory / "late"
             kept.write_bytes(KEPT)
             fsync(kept)
-            disk.fill()
-            late.write_bytes(os.urandom(8 * MIB))
-            with refused(errno.EIO, errno.EROFS):
+            spoil(disk)
+            write(late)
+            with refused(errno.EIO, errno.EROFS):  # EROFS, if 5 seconds have passed
                 fsync(late)
             with refused(errno.EROFS, errno.EIO):
                 (server.directory / "more").touch()
             assert kept.read_bytes() == KEPT
             log = server.log.read_text()
             assert "can't write" in log
+            assert "the pool is read-only from now on" in log
             assert "Traceback" not in log
         disk.mend()
         pool = disk.directory / "test.pmem"
@@ -188,6 +207,18 @@ def test_a_disk_that_refuses_to_write_back_is_an_error_and_costs_nothing_that_wa
             fsync(server.directory / "more")
         finally:
             server.unmount()
+
+
+def test_a_window_s_owner_is_told_that_the_disk_refuses_to_write_back() -> None:
+    with full_disk("64M") as disk, served_pool(disk.directory, "32M") as server:
+        path = server.directory / "file"
+        path.write_bytes(b"")
+        os.truncate(path, 4 * MIB)
+        with vfsmap_package.map(path, writable=True, direct=True) as window:
+            disk.fail()
+            window.view()[:] = os.urandom(4 * MIB)
+            with pytest.raises(MediumError, match="Input/output error"):
+                window.persist(0, 4 * MIB)
 
 
 def fsync(path: Path) -> None:

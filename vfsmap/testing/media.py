@@ -6,6 +6,7 @@ pages it had the kernel set aside, the image file.  Several processes may use th
 
 import fcntl
 import os
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from vfsmap.errors import Denied, NoMemory, Unsupported
-from vfsmap.units import KIB, format_size, parse_size
+from vfsmap.units import KIB, PTE, format_size, parse_size
 
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages")
 _VM: Final = Path("/proc/sys/vm")
+_LOOP_SET_STATUS64, _LOOP_GET_STATUS64 = 0x4C04, 0x4C05
+_LOOP_STATUS_SIZE, _LOOP_SIZELIMIT = 232, 32
+"""Of struct loop_info64 (include/uapi/linux/loop.h), and where its lo_sizelimit lies."""
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def ext4_loop(size: int | str = "256M") -> Iterator[Path]:
 
 
 class Disk:
-    """An ext4 whose disk can run out of room below it, and then refuses to write back."""
+    """An ext4 whose disk can fail, or run out of room below it, and then refuses to write back."""
 
     def __init__(self, image: Path, directory: Path) -> None:
         self.directory = directory
@@ -80,11 +84,26 @@ class Disk:
             while filler.write(bytes(4 * KIB)):
                 pass
 
+    def fail(self) -> None:
+        """Have the disk fail whatever is read or written, with EIO."""
+        os.sync()
+        self._limit(PTE.size)
+
     def mend(self) -> None:
-        """Have the disk take writes again, and mount it anew; it must not be in use."""
-        self._filler.unlink()
+        """Have the disk work again, and mount it anew; it must not be in use."""
+        self._filler.unlink(missing_ok=True)
+        self._limit(0)
         _run("umount", str(self.directory))
         _run("mount", "-o", "loop", str(self._image), str(self.directory))
+
+    def _limit(self, size: int) -> None:
+        """Have the loop device end after so many bytes; 0: with its image."""
+        lines = map(str.split, Path("/proc/self/mounts").read_text().splitlines())
+        device = next(line[0] for line in lines if line[1] == str(self.directory))
+        with Path(device).open("rb") as file:
+            status = bytearray(fcntl.ioctl(file, _LOOP_GET_STATUS64, bytes(_LOOP_STATUS_SIZE)))
+            struct.pack_into("=Q", status, _LOOP_SIZELIMIT, size)
+            fcntl.ioctl(file, _LOOP_SET_STATUS64, bytes(status))
 
 
 @contextmanager
