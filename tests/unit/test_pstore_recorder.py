@@ -390,3 +390,23 @@ def test_forked_region_in_memory_is_shared() -> None:
     os.waitpid(child, 0)
     recorder.console("parent\n")
     assert shown(recorder)["console-ramoops-0"] == b"child\nparent\n"
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_ecc_lets_read_despite_a_wrong_signature_is_erased(everything: bool) -> None:
+    geometry = Geometry(64 * KIB, 8 * KIB, 16 * KIB, 16 * KIB, ecc=16)
+    buffer = bytearray(geometry.size)
+    format_region(buffer, geometry)
+    with Recorder(buffer, geometry, watch=False) as recorder:
+        recorder.console("a line\n")
+    with Region.over(buffer, geometry) as region:
+        zone = region.zone("console")
+        assert zone
+        buffer[zone.place.offset] ^= 0xFF
+        if everything:
+            region.erase_all()
+        else:
+            region.erase("console-ramoops-0")
+        assert not region.files()
+        assert zone.valid
+        assert zone.recall() == (b"", 0, 0)

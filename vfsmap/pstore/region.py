@@ -217,6 +217,7 @@ class Region:
             for zone in self.zones:
                 kind, number, *_ = zone.place
                 if kind == file.kind and (kind == "ftrace" or number == file.number):
+                    zone.mend_header()  # else zapping would give a wrong signature its parity
                     zone.zap()
         self._backing.persist()
 
@@ -227,6 +228,7 @@ class Region:
         """
         with self.locked():
             for zone in self.zones:
+                zone.mend_header()
                 if zone.signed:
                     zone.zap()
         self._backing.persist()
