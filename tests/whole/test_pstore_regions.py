@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vfsmap.errors import VfsmapError
+from vfsmap.errors import Damaged, VfsmapError
 from vfsmap.pstore.detect import detect
 from vfsmap.pstore.reader import read_files
 from vfsmap.testing.regions import Sample, load_sample, recover_symbols
@@ -59,3 +59,17 @@ def test_region_cut_short_is_refused_and_the_message_says_so(length: int) -> Non
     sample = load_sample(next(folder for folder in FOLDERS if folder.name == "k61_ecc0"))
     with pytest.raises(VfsmapError, match="cut off"):
         read_files(sample.region[:length], sample.geometry)
+
+
+@pytest.mark.parametrize("name", ["k61_ecc0", "k612_ecc0"])
+@pytest.mark.parametrize("length", [0x50000, 0xE000D, 0xFC000, 0xFFFFF])
+def test_region_cut_short_is_not_taken_for_another_one(name: str, length: int) -> None:
+    sample = load_sample(next(folder for folder in FOLDERS if folder.name == name))
+    with pytest.raises(Damaged, match="cut off"):
+        detect(sample.region[:length])
+
+
+@pytest.mark.parametrize("head", [b"DBGC", b"\x84CAC"])
+def test_what_is_full_of_zones_heads_is_no_region(head: bytes) -> None:
+    with pytest.raises(Damaged, match="no region"):
+        detect((head + bytes(8)) * (1 << 18))

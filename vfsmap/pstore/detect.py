@@ -20,6 +20,7 @@ from vfsmap.pstore.ecc import matching_sizes
 from vfsmap.pstore.geometry import (
     HEADER,
     MAX_REGION,
+    MAX_ZONES,
     ORDERS,
     Geometry,
     Group,
@@ -34,6 +35,7 @@ from vfsmap.pstore.zone import SIGNATURE
 _LEAST: Final = 512  # bytes: smaller console, pmsg and ftrace sizes are not looked for
 _MOST_LEFT: Final = 12  # only so many of the last plain signatures are tried as the records' end
 _MOST_CPUS: Final = 1024
+_MOST_SITES: Final = 2 * MAX_ZONES
 _MOST_SPOILT: Final = 1  # of console, pmsg and the first ftrace zone
 _PLAIN: Final = SIGNATURE.to_bytes(4, "little")
 # "DBGC" XORed with the version code of a kernel 2.x.y to 31.x.y, or two bytes of "DBGC" itself
@@ -84,6 +86,11 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
         raise Damaged(
             f"no ramoops region found in {len(region):#x} bytes: give its geometry, or format it"
         )
+    if _is_cut_off(region, sites, best):
+        raise Damaged(
+            f"what is found in {len(region):#x} bytes makes no whole region: it is cut off or badly"
+            " damaged; give its geometry"
+        )
     return replace(best, ecc=_detect_ecc(region, best))
 
 
@@ -91,6 +98,27 @@ def _stands(region: memoryview, geometry: Geometry) -> bool:
     """Tell at a glance whether signatures are where a geometry wants them, and nowhere else."""
     places = {place.offset for place in geometry.places if place.kind != "ftrace"}
     return {match.start() for match in re.finditer(_PLAIN, region)} == places
+
+
+def _is_cut_off(region: memoryview, sites: Sites, geometry: Geometry) -> bool:
+    """Tell whether what is taken for a region can only be a part of another one.
+
+    Then less than a power of two is taken for it, and the rest is not zones; or most zones in use
+    are not taken for any; or records are where console and pmsg ought to be, or the other way.
+    """
+    if geometry.size < len(region) and geometry.size != round_down(geometry.size):
+        return True
+    used = {at: site.begins for at, site in sites.items() if site.size}
+    kinds = {place.offset: place.kind for place in geometry.places if place.offset in used}
+    if 2 * len(kinds) < len(used):
+        return True
+    for at, kind in kinds.items():
+        record, printed = parse_header(used[at]) is not None, _PRINTED.search(used[at])
+        if record and kind in ("console", "pmsg"):
+            return True
+        if printed and not record and kind == "dmesg" and not geometry.console:
+            return True
+    return False
 
 
 def _find_sites(region: memoryview) -> Sites:
@@ -113,6 +141,7 @@ def _scan(
     region: memoryview, pattern: re.Pattern[bytes], exact: bytes
 ) -> Iterator[tuple[int, Site]]:
     """Yield what looks like a zone; of ``exact`` signature also where the rest makes no sense."""
+    found = 0
     for match in pattern.finditer(region):
         at = match.start()
         head = region[at : at + HEADER]
@@ -122,6 +151,9 @@ def _scan(
         sane = start <= size < len(region)
         if sane or match[1] == exact:
             begins = bytes(region[at + HEADER : at + HEADER + 64])
+            found += 1
+            if found > _MOST_SITES:
+                raise Damaged(f"more than {_MOST_SITES} places look like zones: that is no region")
             yield at, Site(match[1], match[2] is not None, size if sane else 0, begins)
 
 
