@@ -161,6 +161,15 @@ def test_import_and_export_copy_a_region_whole(sample: Path, tmp_path: Path) -> 
     assert "itself" in call("export", tmp_path / "in", tmp_path / "in", status=2).stderr
 
 
+def test_a_directory_is_no_place_for_a_region(file: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("format", tmp_path),
+        ("export", file, tmp_path, "--force"),
+        ("ls", tmp_path),
+    ):
+        assert "is not a regular file" in call(*arguments, status=2).stderr
+
+
 def test_policy_is_set_and_told(file: Path) -> None:
     assert ask("info", file)["policy"] == "keep"
     assert ask("policy", file, "overwrite") == {"policy": "overwrite"}

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from vfsmap.errors import Denied, Invalid, MediumError, NoSpace, NotFound, VfsmapError
+from vfsmap.errors import Denied, Exists, Invalid, MediumError, NoSpace, NotFound, VfsmapError
 from vfsmap.pmem import libc
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -54,6 +54,21 @@ def over_file(path: str | os.PathLike[str], *, writable: bool) -> Backing:
         return _over_mmap(path, key, status.st_size, writable=writable)
     except OSError as exc:
         raise translate(exc, path) from exc
+
+
+def require_replaceable(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Raise unless a region may be made of a path: it is missing, an empty file, or forced.
+
+    Raises:
+        Exists: a file is there and not empty, and ``force`` was not given.
+        Invalid: something else is there.
+    """
+    with suppress(FileNotFoundError):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Invalid(f"{os.fspath(path)} is not a regular file")
+        if status.st_size and not force:
+            raise Exists(f"{os.fspath(path)} is not empty; replacing what it holds needs force")
 
 
 def create_file(path: str | os.PathLike[str], size: int) -> None:

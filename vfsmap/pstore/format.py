@@ -1,11 +1,15 @@
 """Make an empty region."""
 
 import os
-from contextlib import suppress
 from typing import Final
 
-from vfsmap.errors import Exists
-from vfsmap.pstore.backing import Buffer, create_file, over_buffer, over_file
+from vfsmap.pstore.backing import (
+    Buffer,
+    create_file,
+    over_buffer,
+    over_file,
+    require_replaceable,
+)
 from vfsmap.pstore.geometry import Geometry, Order
 from vfsmap.pstore.reader import require_size
 from vfsmap.pstore.region import Region
@@ -27,14 +31,12 @@ def format_region(
 
     Raises:
         Exists: the file is there and not empty, and ``force`` was not given.
-        Invalid: the buffer is too small.
+        Invalid: the buffer is too small, or the target is no regular file.
 
     Crash: no region, until the last zone is made; then a whole one.
     """
     if isinstance(target, str | os.PathLike):
-        with suppress(FileNotFoundError):
-            if os.stat(target).st_size and not force:
-                raise Exists(f"{os.fspath(target)} is not empty; formatting it needs force")
+        require_replaceable(target, force=force)
         create_file(target, geometry.size)
         backing = over_file(target, writable=True)
     else:

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from vfsmap.errors import Exists, Invalid
-from vfsmap.pstore.backing import create_file, over_file, translate
+from vfsmap.errors import Invalid
+from vfsmap.pstore.backing import create_file, over_file, require_replaceable, translate
 from vfsmap.pstore.reader import File
 from vfsmap.pstore.region import Region
 
@@ -16,7 +16,7 @@ def copy_region(source: Region, target: Path, *, force: bool = False) -> int:
 
     Raises:
         Exists: the file is there and not empty, and ``force`` was not given.
-        Invalid: it is the source itself.
+        Invalid: it is the source itself, or no regular file.
         NotFound, Denied, NoSpace: as the file system says.
 
     Crash: the target is not a region, or its last zones are missing.
@@ -26,8 +26,7 @@ def copy_region(source: Region, target: Path, *, force: bool = False) -> int:
         status = target.stat()
         if (status.st_dev, status.st_ino) == source.key:
             raise Invalid(f"{target} is the region itself")
-        if status.st_size and not force:
-            raise Exists(f"{target} is not empty; replacing it needs force")
+    require_replaceable(target, force=force)
     create_file(target, len(data))
     backing = over_file(target, writable=True)
     backing.view[:] = data
