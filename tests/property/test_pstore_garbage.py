@@ -1,6 +1,5 @@
 """Whatever bytes claim to be a region: an answer or one clear error, and no other exception."""
 
-import lzma
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -14,12 +13,12 @@ from vfsmap.pstore import Geometry, Recorder, Region, format_region
 from vfsmap.pstore.geometry import ORDERS
 from vfsmap.pstore.kallsyms import Symbols
 from vfsmap.pstore.reader import read_files
-from vfsmap.testing.regions import load_sample
-from vfsmap.testing.spoilt import spoil_region
+from vfsmap.testing.regions import load_sample, survive_region
+from vfsmap.testing.spoilt import mutate_region, spoil_region
 from vfsmap.units import KIB
 
-SAMPLES = Path(__file__).parents[1] / "data/ramoops"
-WRAPPED = lzma.decompress((SAMPLES / "k612_wrap_ecc16/region.bin.xz").read_bytes())
+FOLDER = Path(__file__).parents[1] / "data/ramoops"
+SAMPLES = sorted(path.name for path in FOLDER.glob("*/"))
 
 numbers = st.integers(-1, 1 << 33) | st.sampled_from([0, 1, 2, 12, 13, 4096, 1 << 31, 1 << 32])
 
@@ -36,6 +35,17 @@ def use(region: bytearray, geometry: Geometry | None) -> None:
         recorder.console("line\n" * 50)
         recorder.pmsg("line\n" * 50)
         recorder.dmesg("Oops", "text\n" * 50)
+
+
+def survive_mutants(name: str, seeds: range, work: Path) -> None:
+    sample = load_sample(FOLDER / name)
+    for seed in seeds:
+        mutant = mutate_region(sample.region, sample.geometry, random.Random(seed))
+        try:
+            survive_region(bytes(mutant), sample.geometry, work)
+        except Exception as exc:
+            exc.add_note(f"seed {seed} of {name}")
+            raise
 
 
 @given(
@@ -59,19 +69,20 @@ def test_any_geometry_is_laid_out_or_refused(parameters: dict[str, int]) -> None
             use(bytearray(geometry.size), geometry)
 
 
-@given(st.data())
-@settings(max_examples=40, deadline=None)
-def test_mutated_region_of_a_kernel_is_read_or_refused(data: st.DataObject) -> None:
-    region = bytearray(WRAPPED)
-    places = st.integers(0, len(region) - 1) | st.sampled_from(
-        [zone * 0x2000 + at for zone in range(8) for at in range(40)]
-    )
-    for at in data.draw(st.lists(places, max_size=30)):
-        region[at] = data.draw(st.integers(0, 255))
-    cut = data.draw(st.sampled_from([len(region)] * 4 + [0, 1, 11, 12, 100, 0x2000, 0xFFFF]))
-    geometry = load_sample(SAMPLES / "k612_wrap_ecc16").geometry
-    use(region[:cut], geometry)
-    use(region[:cut], None)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_mutated_region_of_a_kernel_is_read_repaired_and_written_or_refused(
+    name: str, tmp_path: Path
+) -> None:
+    survive_mutants(name, range(4), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lot", range(10))
+@pytest.mark.parametrize("name", SAMPLES)
+def test_thousands_of_mutated_regions_are_read_repaired_and_written_or_refused(
+    name: str, lot: int, tmp_path: Path
+) -> None:
+    survive_mutants(name, range(100 + 100 * lot, 200 + 100 * lot), tmp_path)
 
 
 @pytest.mark.parametrize("ecc", [0, 16, 5])

@@ -6,6 +6,7 @@ from typing import Final
 
 from vfsmap.pstore import Geometry, format_region
 from vfsmap.pstore.compress import deflate
+from vfsmap.pstore.geometry import HEADER, Place
 from vfsmap.pstore.zone import Zone
 
 _ODD_HEADERS: Final = (
@@ -23,6 +24,9 @@ _ODD_HEADERS: Final = (
     b"====1.5-D\n\n \n",
     b"",
 )
+_WORDS: Final = (0, 1, HEADER, 0x80, 0xFFFF, 1 << 31, (1 << 32) - 1)
+_LENGTHS: Final = (1, 4, 24, 128, 4096)
+_CUTS: Final = (0, 1, 11, HEADER, 100, 0x2000, 0xFFFF)
 _INFLATED: Final = (9000, 12000, 13000, 16000, 20000, 24400, 24600, 30000, 60000)
 
 
@@ -44,6 +48,49 @@ def spoil_region(geometry: Geometry, chance: random.Random) -> bytes:
                 zone.write(chance.randbytes(chance.choice((0, 1, 10, 128, 1000, zone.capacity))))
         _damage(view, zone.capacity, chance)
     return bytes(region)
+
+
+def mutate_region(region: bytes, geometry: Geometry, chance: random.Random) -> bytearray:
+    """Return a copy of a region with one to eight changes, most of them where it has structure."""
+    mutant = bytearray(region)
+    for _ in range(chance.randrange(1, 9)):
+        _mutate(mutant, chance.choice(geometry.places), geometry.size, chance)
+    if chance.random() < 0.1:
+        del mutant[chance.choice((*_CUTS, chance.randrange(len(mutant)))) :]
+    elif chance.random() < 0.1:
+        mutant += chance.randbytes(chance.choice(_LENGTHS))
+    return mutant
+
+
+def _mutate(mutant: bytearray, place: Place, size: int, chance: random.Random) -> None:
+    """Change something about one zone, or somewhere."""
+    head, end = place.offset, place.offset + place.size
+    at, length = chance.randrange(size), chance.choice(_LENGTHS)
+    kind = chance.randrange(9)
+    if kind == 0:  # signature, start or size
+        words = (*_WORDS, place.size, place.size - HEADER, chance.getrandbits(32))
+        word = head + 4 * chance.randrange(3)
+        mutant[word : word + 4] = chance.choice(words).to_bytes(4, "little")
+    elif kind == 1:  # bits of the header
+        mutant[head + chance.randrange(HEADER)] ^= 1 << chance.randrange(8)
+    elif kind == 2:  # bits of the text header, or of a record's first bytes
+        mutant[min(head + HEADER + chance.randrange(64), end - 1)] ^= 1 << chance.randrange(8)
+    elif kind == 3:  # another text header
+        odd = chance.choice(_ODD_HEADERS)
+        mutant[head + HEADER : head + HEADER + len(odd)] = odd
+    elif kind == 4:  # bytes at the end: parity, or the ring's last
+        for _ in range(chance.choice((1, 8, 9, 40))):
+            mutant[end - 1 - chance.randrange(min(64, place.size))] = chance.randrange(256)
+    elif kind == 5:  # bytes anywhere
+        for _ in range(chance.choice((1, 9, 100))):
+            mutant[chance.randrange(size)] = chance.randrange(256)
+    elif kind == 6:  # a run of garbage or of nothing
+        run = chance.choice((chance.randbytes(length), bytes(length), b"\xff" * length))
+        mutant[at : at + length] = run[: size - at]
+    else:  # a piece of one place in another: heads among the data, data among the heads
+        source, target = (chance.choice((at, head, chance.randrange(size))) for _ in range(2))
+        piece = mutant[source : source + length][: size - target]
+        mutant[target : target + len(piece)] = piece
 
 
 def _make_record(chance: random.Random) -> bytes:
