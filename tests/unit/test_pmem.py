@@ -126,8 +126,10 @@ def test_what_can_not_hold_a_pool_is_refused_with_the_reason(directory: Path) ->
     for writable in (False, True):
         with pytest.raises(Unsupported, match="a regular file or a DAX device"):
             Pmem.open(directory / "fifo", writable=writable)
-        with pytest.raises((Unsupported, Invalid)):
+        with pytest.raises(Invalid, match="is a directory; a pool is a regular file"):
             Pmem.open(directory, writable=writable)
+        with pytest.raises(Invalid, match="is a directory; a pool is a regular file"):
+            Pmem.create(directory, 4096, replace=writable)
         with pytest.raises(Unsupported, match="is another device"):
             Pmem.open("/dev/null", writable=writable)
 

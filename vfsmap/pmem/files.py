@@ -23,6 +23,7 @@ _LOCKS = Path("/proc/locks")
 
 def open_file(path: Path, flags: int) -> int:
     """Open a medium without waiting for anything; return its descriptor."""
+    require_no_directory(path)
     flags |= os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must be refused, not waited for
     if flags & os.O_CREAT:
         flags |= os.O_NOFOLLOW
@@ -31,6 +32,16 @@ def open_file(path: Path, flags: int) -> int:
     except OSError as exc:
         error = translated(exc, f"can't open {path}")
         raise type(error)(f"{error}; {_cure(exc, path, flags)}") from exc
+
+
+def require_no_directory(path: Path) -> None:
+    """Say the same of a directory whether it is to be read, written or replaced.
+
+    Raises:
+        Invalid: it is one.
+    """
+    if path.is_dir():
+        raise Invalid(f"{path} is a directory; a pool is a regular file or a DAX device")
 
 
 def _cure(exc: OSError, path: Path, flags: int) -> str:

@@ -15,6 +15,7 @@ from vfsmap.pmem.files import (
     lock,
     open_file,
     persist_name,
+    require_no_directory,
     require_promise,
     set_size,
     translated,
@@ -142,6 +143,7 @@ class Pmem:
         Crash: an empty or a sparse file, which no pool can be opened from.
         """
         path = Path(path)
+        require_no_directory(path)
         device = path.is_char_device()
         flags = os.O_RDWR if device else os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
         existed = path.exists()
