@@ -306,6 +306,7 @@ def test_a_file_is_sealed_with_the_digest_of_the_fsverity_tool(
     found = json.loads(vfsmap("verify", path, "--json").stdout)
     assert found["digest"] == wanted.split()[0]
     assert found["damaged_blocks"] == []
+    assert "damaged blocks  none\n" in vfsmap("verify", path).stdout
 
 
 def test_a_seal_with_parameters_that_make_no_sense_is_refused(server: Server) -> None:

@@ -77,9 +77,9 @@ def verify(file: Path, offset: int, length: int | None, quiet: bool, as_json: bo
         "damaged_blocks": wrong,
         "block_size": block,
     }
-    print_facts(facts, as_json=as_json)
+    named = ", ".join(map(str, wrong[:_MOST_NAMED])) + (", ..." if wrong[_MOST_NAMED:] else "")
+    print_facts(facts if as_json else facts | {"damaged_blocks": named or "none"}, as_json=as_json)
     if wrong:
-        named = ", ".join(map(str, wrong[:_MOST_NAMED])) + (", ..." if wrong[_MOST_NAMED:] else "")
         raise Damaged(f"{file}: {len(wrong)} blocks of {block} bytes are damaged: {named}")
 
 
