@@ -1,5 +1,6 @@
 """A server in the environment that a service manager makes, without the manager."""
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,33 @@ from vfsmap.daemon.client import Client
 from vfsmap.testing.commands import vfsmap
 
 CLI = (sys.executable, "-m", "vfsmap_tools.cli")
+NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+JOURNAL = """\
+set -eu
+mount -t tmpfs run /run
+mkdir -p /run/systemd/journal /run/systemd/journald.conf.d "/run/log/journal/$(cat /etc/machine-id)"
+printf '[Journal]\\nAudit=\\nReadKMsg=no\\n' > /run/systemd/journald.conf.d/test.conf
+/usr/lib/systemd/systemd-journald &
+until [ -S /run/systemd/journal/stdout ]; do :; done
+systemd-cat -t vfsmap -p debug sh -c \
+    'JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2) exec "$@"' sh "$@" || true
+journalctl --sync
+journalctl --quiet -t vfsmap --output json --output-fields MESSAGE,PRIORITY
+"""
+SPEAKER = """
+import logging
+from vfsmap_tools.logs import log_to
+log_to(None, verbose=True, background=True)
+log = logging.getLogger("vfsmap.test")
+log.debug("first")
+log.info("second\\nline")
+log.warning("third")
+try:
+    raise OSError("gone")
+except OSError:
+    log.exception("fourth")
+log.critical("fifth")
+"""
 
 
 @pytest.fixture
@@ -83,3 +111,32 @@ def test_complaints_to_the_journal_have_a_priority(tmp_path: Path) -> None:
             )
             journal.seek(0)
             assert journal.read().startswith(f"{line}vfsmap: can't open {tmp_path}/none")
+
+
+def journal_of(*command: object) -> list[tuple[str, str]]:
+    """Run a command whose errors go to a systemd-journald; return what journalctl then shows."""
+    done = subprocess.run(
+        [*NAMESPACES, "sh", "-c", JOURNAL, "sh", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    entries = map(json.loads, done.stdout.splitlines())
+    return [(entry["PRIORITY"], entry["MESSAGE"]) for entry in entries]
+
+
+def test_the_journal_shows_each_line_with_its_priority(tmp_path: Path) -> None:
+    shown = journal_of(sys.executable, "-c", SPEAKER)
+    assert shown[:5] == [
+        ("7", "vfsmap.test: first"),
+        ("6", "vfsmap.test: second"),
+        ("6", "line"),
+        ("4", "vfsmap.test: third"),
+        ("3", "vfsmap.test: fourth"),
+    ]
+    assert shown[-2:] == [("3", "OSError: gone"), ("2", "vfsmap.test: fifth")]
+    assert {priority for priority, _ in shown[4:-1]} == {"3"}
+    complaint, *rest = journal_of(*CLI, "serve", "--foreground", tmp_path / "none")
+    assert complaint[0] == "3"
+    assert complaint[1].startswith(f"vfsmap: can't open {tmp_path}/none: ")
+    assert not rest
