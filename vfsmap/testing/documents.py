@@ -8,7 +8,7 @@ own.  All of a page share one shell, hence its directory, files and mounts.  In 
 number or digest stands for any other, ``...`` in a line for anything, and a line of ``...`` for any
 lines.  A command fails if, and only if, the page shows an error line of ours behind it.
 
-``python -m vfsmap.testing.documents PAGE`` tells what every step does.
+``python -m vfsmap.testing.documents PAGE`` tells what every step does, and fails if one does not.
 
 A block behind the line ``<!-- not run: why -->`` is left out; ``<!-- run: command -->`` runs a
 command that readers need not see, which finds the source tree in ``$SOURCE``.
@@ -168,11 +168,14 @@ def _read(path: Path) -> str:
 
 
 def main() -> None:
-    """Run a page, and print each step with what came of it."""
+    """Run a page, and print each step with what came of it; exit with 1 unless all is as shown."""
     with tempfile.TemporaryDirectory() as work:
-        for step, status, printed in run(Path(sys.argv[1]).read_text(), Path(work)):
-            verdict = "as shown" if Result(step, status, printed).as_shown else "NOT AS SHOWN"
-            print(f"--- line {step.line}, status {status}, {verdict}\n{step.source}\n{printed}")
+        results = run(Path(sys.argv[1]).read_text(), Path(work))
+    for result in results:
+        step, status, printed = result
+        verdict = "as shown" if result.as_shown else "NOT AS SHOWN"
+        print(f"--- line {step.line}, status {status}, {verdict}\n{step.source}\n{printed}")
+    sys.exit(not all(result.as_shown for result in results))
 
 
 if __name__ == "__main__":
