@@ -8,6 +8,7 @@ a file that has changed, mapped ones included, are dropped by :func:`keep_curren
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
+from inspect import isawaitable, unwrap
 from typing import Any, Final, TypeVar, TypeVarTuple
 
 import trio
@@ -15,7 +16,7 @@ from pyfuse3 import FileInfo, RequestContext
 
 from vfsmap.errors import VfsmapError
 from vfsmap.fs import FollowedFileSystem, Inode
-from vfsmap_fuse.edge import answered
+from vfsmap_fuse.edge import answered_later
 from vfsmap_fuse.operations import Handle, Operations
 
 log = logging.getLogger("vfsmap.fuse")
@@ -24,33 +25,31 @@ KEEP: Final = 0.1
 POLL: Final = 0.1
 """Seconds after which the log is looked at even if nobody asks for anything."""
 
+S = TypeVar("S", bound=Operations)
 Ts = TypeVarTuple("Ts")
 R = TypeVar("R")
 
 
 def _current(
-    handler: Callable[["FollowingOperations", *Ts], Coroutine[Any, Any, R]],
-) -> Callable[["FollowingOperations", *Ts], Coroutine[Any, Any, R]]:
-    """Have a handler look for what is new first."""
+    handler: Callable[[S, *Ts], Coroutine[Any, Any, R]],
+) -> Callable[[S, *Ts], Coroutine[Any, Any, R]]:
+    """Have a handler see first what the writer has finished; both are one request."""
+    bare = unwrap(handler)
 
-    @wraps(handler)
-    async def answer(self: "FollowingOperations", *args: *Ts) -> R:
-        await self.look()
-        return await handler(self, *args)
+    @wraps(bare)
+    async def answer(self: S, *args: *Ts) -> R:
+        assert isinstance(self.fs, FollowedFileSystem)
+        self.fs.refresh()
+        result: Any = bare(self, *args)
+        return (await result) if isawaitable(result) else result  # type: ignore[no-any-return]
 
-    return answer
+    return answered_later(answer)
 
 
 class FollowingOperations(Operations):
     """Request handlers of a followed pool; the kernel lets nothing through that would change it."""
 
     keep = KEEP
-
-    @answered
-    def look(self) -> None:
-        """See what the writer has finished."""
-        assert isinstance(self.fs, FollowedFileSystem)
-        self.fs.refresh()
 
     lookup = _current(Operations.lookup)
     readlink = _current(Operations.readlink)

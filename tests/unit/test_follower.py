@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pyfuse3 import FUSEError, RequestContext
 
 from vfsmap.errors import NotAPool, PoolDamaged, Stale
 from vfsmap.fs import ROOT, FileSystem, FollowedFileSystem
@@ -12,8 +13,10 @@ from vfsmap.pool import Pool
 from vfsmap.pool.layout import BATCH, SUPERBLOCKS, Superblock
 from vfsmap.pool.rewrite import rewrite
 from vfsmap.pool.scan import scan
+from vfsmap.tally import Tallies
 from vfsmap.testing.pools import GROUPED, STORED, killed_fs, make_fs, open_pmem
 from vfsmap.units import KIB, MIB, PMD
+from vfsmap_fuse.following import FollowingOperations
 
 
 def follow(path: Path, medium: Medium = STORED) -> Followed:
@@ -386,6 +389,25 @@ def test_changes_are_told_once_and_only_of_files_that_are_there(
     assert first in changed
     assert second not in changed
     assert not followed.take_changed()
+
+
+async def test_a_request_to_a_followed_mount_is_counted_once_and_by_its_name(
+    fs: FileSystem, followed: Followed
+) -> None:
+    async def nothing(*_: object) -> None:
+        pass
+
+    tallies = Tallies()
+    mount = FollowingOperations(followed, sync=nothing, seal=nothing, tallies=tallies)
+    ino = make(fs, b"file")
+    entry = await mount.lookup(ROOT, b"file", RequestContext())
+    assert entry.st_ino == ino
+    await mount.statfs(RequestContext())
+    fs.unlink(ROOT, b"file")
+    with pytest.raises(FUSEError):
+        await mount.getattr(ino, RequestContext())
+    counted = {name: (tally.count, tally.errors) for name, tally in tallies.items() if tally.count}
+    assert counted == {"lookup": (1, 0), "statfs": (1, 0), "getattr": (1, 1)}
 
 
 def test_a_damaged_pool_is_not_followed(path: Path, fs: FileSystem) -> None:
