@@ -8,7 +8,7 @@ venv=${1:-.venv}
 # needed to build pyfuse3 and to mount; then what the tests hold vfsmap against
 packages="fuse3 libfuse3-dev pkg-config gcc python3-dev python3-venv libpmem1 libpmemlog1
     attr acl e2fsprogs xfsprogs rsync fsverity fuse2fs bindfs qemu-system-x86 busybox-static
-    systemd util-linux procps man-db groff-base mandoc bash zsh fish"
+    systemd util-linux procps man-db groff-base mandoc bash zsh fish stress-ng fio"
 
 missing=""
 for package in $packages; do
