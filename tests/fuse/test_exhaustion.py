@@ -17,6 +17,7 @@ from vfsmap.testing.commands import vfsmap as vfsmap_command
 from vfsmap.testing.media import ext4_loop, tmpfs
 from vfsmap.testing.posix import refused
 from vfsmap.testing.waiting import wait_until
+from vfsmap_tools.mounts import find_mount
 
 KEPT = bytes(range(256)) * 400
 
@@ -110,3 +111,29 @@ def test_without_memory_requests_are_refused_and_served_again_when_there_is_some
             numbers = {fill(server.directory / str(n)) for n in range(3)}
         assert numbers == {errno.ENOMEM}
         require_well(server)
+
+
+def write_until_refused(directory: Path) -> int:
+    """Write large files until that is refused; return the errno."""
+    try:
+        for number in range(1000):
+            (directory / f"large-{number}").write_bytes(KEPT * 10)
+    except OSError as exc:
+        return exc.errno or 0
+    return 0
+
+
+def test_a_server_that_has_no_memory_to_take_a_request_ends_and_leaves_nothing_behind() -> None:
+    with tmpfs(size="80M") as place, served_pool(place, "64M") as server:
+        (server.directory / "kept").write_bytes(KEPT)
+        socket = os.fsdecode(os.getxattr(server.directory, "user.vfsmap.socket"))
+        pid = server.pid
+        resource.prlimit(pid, resource.RLIMIT_AS, (address_space(server), resource.RLIM_INFINITY))
+        assert write_until_refused(server.directory) in (errno.ECONNABORTED, errno.ENOTCONN)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+        wait_until(lambda: not find_mount(server.directory))
+        assert not Path(socket).exists()
+        assert "clean" in vfsmap_command("check", server.pool).stdout
+        assert "no memory left to serve with" in server.log.read_text()
+        server.mount()
+        assert (server.directory / "kept").read_bytes() == KEPT

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from vfsmap_tools.console import complain, errors_exit
 from vfsmap_tools.logs import is_journal, log_to
 from vfsmap_tools.mounts import find_mount, mounted_pools
 
+log = logging.getLogger("vfsmap")
 PATH = click.Path(path_type=Path)
 _PATIENCE = 60
 """Seconds to wait for a server to write everything back and end."""
@@ -296,6 +298,11 @@ def _serve(
             os.close(ready_fd)
         told = True
 
+    def tell_end(error: str, **more: int) -> None:
+        if told and (ready_fd is not None or server["log"]):  # nobody reads what we complain of
+            log.critical("the server ends: %s", error)
+        tell(json.dumps({"error": error, **more}))
+
     def tell_ready() -> None:
         tell("")
         notify("READY=1", f"STATUS={pool} on {directory}" if directory else f"STATUS={pool}")
@@ -316,11 +323,11 @@ def _serve(
         else:
             run_server(pool, directory, chosen, ready=tell_ready)
     except VfsmapError as exc:
-        tell(json.dumps({"error": str(exc), "exit_code": exc.exit_code}))
+        tell_end(str(exc), exit_code=exc.exit_code)
         raise
     except OSError as exc:
-        tell(json.dumps({"error": f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)}))
+        tell_end(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
         raise
     except BaseException as exc:
-        tell(json.dumps({"error": f"{type(exc).__name__}: {exc}"}))
+        tell_end(f"{type(exc).__name__}: {exc}")
         raise

@@ -16,7 +16,7 @@ import trio
 
 from vfsmap.daemon.service import serve_mapping
 from vfsmap.daemon.stats import Statistics
-from vfsmap.errors import Invalid, MediumError, PoolDamaged
+from vfsmap.errors import Invalid, MediumError, NoMemory, PoolDamaged
 from vfsmap.fs import FileSystem
 from vfsmap.pmem.buserror import bus_errors_told, require_whole
 from vfsmap.pmem.procmaps import mapped_ranges
@@ -85,7 +85,10 @@ def run_until_done(serve: Callable[[*Ts], Awaitable[None]], *arguments: *Ts) -> 
         trio.run(_watched, serve, arguments)
     except BaseExceptionGroup as group:
         # one thing went wrong, and the rest was cancelled for it
-        raise _first(group) from group
+        error = _first(group)
+        if isinstance(error, MemoryError):  # where a request is taken or answered, nothing helps
+            error = NoMemory("there is no memory left to serve with; the server has ended")
+        raise error from group
 
 
 def _first(error: BaseException) -> BaseException:
