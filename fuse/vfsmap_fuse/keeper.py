@@ -1,4 +1,4 @@
-"""A process that takes a mount away when its server has died, however it died.
+"""A process that takes mount and socket away when their server has died, however it died.
 
 It is started before the mount is made, so that there is no moment in which nobody looks after it,
 and it is this file alone, with few imports, so that it takes little.  Its standard input is a pipe
@@ -22,11 +22,11 @@ from contextlib import suppress
 END = b"."
 _LOOK = 1.0
 """Seconds between two looks at the server."""
-_MOUNTING = 10
-"""Looks for a user's mount: the fusermount3 of a dead server may be just about to make it."""
+_DYING = 10
+"""Looks, a tenth of a second apart, at what a dying server may still hold, or fusermount3 make."""
 
 
-def keep(server: int, directory: str) -> None:
+def keep(server: int, directory: str, socket: str) -> None:
     """Return when the server has unmounted, or has died and its mount is gone."""
     told = b""
     while not told.endswith(END):
@@ -34,6 +34,7 @@ def keep(server: int, directory: str) -> None:
             piece = os.read(0, 64)
             if not piece:
                 take_away(directory)
+                remove(socket)
                 return
             told += piece
         elif not _has_memory(server) and not select.select([0], [], [], _LOOK)[0]:
@@ -42,18 +43,40 @@ def keep(server: int, directory: str) -> None:
 
 def take_away(directory: str) -> None:
     """Unmount what does not answer."""
-    for _ in range(_MOUNTING if os.geteuid() else 1):
+    for _ in range(_DYING if os.geteuid() else 1):
         try:
             os.statvfs(directory)
         except OSError:
             _unmount(directory)
-        select.select([], [], [], _LOOK / _MOUNTING)
+            return
+        select.select([], [], [], _LOOK / _DYING)
+
+
+def remove(path: str) -> None:
+    """Remove a socket on which nobody listens any more."""
+    import socket  # who waits does without it
+
+    for _ in range(_DYING if path else 0):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                with suppress(OSError):
+                    os.unlink(path)
+                return
+            except FileNotFoundError:
+                return
+            except OSError:
+                pass
+        select.select([], [], [], _LOOK / _DYING)
 
 
 def abort(directory: str, told: bytes) -> None:
     """End the connection of a server that waits for itself, so that it can die."""
     if os.geteuid() == 0:
         _unmount(directory)
+        return
     with suppress(OSError):  # where the control files are not mounted, it stays
         name = f"/sys/fs/fuse/connections/{told.decode().strip()}/abort"
         os.write(os.open(name, os.O_WRONLY), b"1")
@@ -68,10 +91,9 @@ def _has_memory(server: int) -> bool:
 
 
 def _unmount(directory: str) -> None:
-    """Become the command that unmounts."""
     command = ["fusermount3", "-u", "-z"] if os.geteuid() else ["umount", "-i", "-c", "-f", "-l"]
-    os.execvp(command[0], [*command, "--", directory])
+    os.spawnvp(os.P_WAIT, command[0], [*command, "--", directory])
 
 
 if __name__ == "__main__":
-    keep(int(sys.argv[1]), sys.argv[2])
+    keep(int(sys.argv[1]), *sys.argv[2:])

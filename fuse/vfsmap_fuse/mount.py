@@ -162,12 +162,13 @@ class Mount:
 
 
 class Keeper:
-    """The process that takes the mount away when the server dies; there before the mount is."""
+    """The process that takes mount and socket away when the server dies; there before they are."""
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, mountpoint: Path, socket: Path | None) -> None:
         """Start it."""
         self._process: subprocess.Popen[bytes] | None = None
         arguments = [str(os.getpid()), os.path.realpath(mountpoint)]
+        arguments.append(str(socket.absolute()) if socket else "")
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", keeper.__file__, *arguments],
@@ -231,7 +232,7 @@ async def mounted(
         fs, sync=sync, seal=seal, socket=socket, writeback=options.writeback, tallies=tallies
     )
     _require_mountable(mountpoint, options)
-    watcher = Keeper(mountpoint)
+    watcher = Keeper(mountpoint, socket)
     try:
         pyfuse3.init(operations, str(mountpoint), options.words(fs.pool.path.absolute()))
     except RuntimeError as exc:
