@@ -1,6 +1,7 @@
 """Seeded damage to a pool's metadata: found, survived by every reader, and mended."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple, TypeVar
@@ -12,7 +13,23 @@ from vfsmap.fs import FileSystem
 from vfsmap.fs.check import check
 from vfsmap.fs.repair import repair
 from vfsmap.pool import Pool
-from vfsmap.pool.layout import EXTENT, RECORD, SPACE
+from vfsmap.pool.layout import (
+    BATCH,
+    EXTENT,
+    RECORD,
+    SPACE,
+    SUPERBLOCKS,
+    USER_TAG,
+    DirentRecord,
+    ExtentRecord,
+    InodeRecord,
+    Root,
+    SealRecord,
+    Superblock,
+    SymlinkRecord,
+    TreeExtentRecord,
+    XattrRecord,
+)
 from vfsmap.pool.scan import Scan, scan
 from vfsmap.testing.damage import Damage, inflict
 from vfsmap.testing.oracle import File, Snapshot, snapshot
@@ -23,6 +40,19 @@ from vfsmap_tools.dump import describe
 
 T = TypeVar("T")
 FAST, SHARE, ALL = 400, 250, 10_000
+KINDS = {
+    kind.TAG: kind.__name__
+    for kind in (
+        Root,
+        ExtentRecord,
+        TreeExtentRecord,
+        InodeRecord,
+        DirentRecord,
+        SymlinkRecord,
+        XattrRecord,
+        SealRecord,
+    )
+}
 
 
 class Patient(NamedTuple):
@@ -40,6 +70,7 @@ def patients() -> tuple[Patient, ...]:
         "store/random:1:120",
         "store/random:2:150,compact,random:3:20",
         "store-tiny/random:4:60",
+        "store/random:5:40,symlink,symlink-long,object,arena,seal,object-set,arena-write",
     )
     return tuple(map(_patient, rows))
 
@@ -89,7 +120,7 @@ def unhurt(patient: Patient, damage: Damage) -> Iterator[int]:
         if patient.found.objects.written[oid] in hurt_batches:
             hurt |= {oid, owner}
         if tag in SPACE and damage.hits(*EXTENT.unpack_from(rec, RECORD.size)[2:]):
-            hurt.add(owner)
+            hurt |= {oid, owner}  # an arena has no owner, and is its extent
     yield from patient.whole.files.keys() - hurt
 
 
@@ -149,3 +180,51 @@ def test_damaged_metadata_is_found_and_mended_and_hurts_nothing_else() -> None:
 def test_ten_thousand_damages_are_found_and_mended(first: int) -> None:
     counts = outcomes(range(first, first + SHARE))
     assert counts["hopeless"] < SHARE // 10
+
+
+# what the ten thousand hit
+
+
+def parts(patient: Patient) -> Iterator[tuple[str, int, int]]:
+    """Yield every part of the metadata by what it is, with where it starts and its length."""
+    for copy in SUPERBLOCKS:
+        for name, *_ in Superblock._fields_:
+            field = getattr(Superblock, name)
+            yield f"superblock's {name}", copy + field.offset, field.size
+    batches = patient.found.batches
+    for batch in batches:
+        where = {batches[0]: "first", batches[-1]: "last"}.get(batch, "middle")
+        yield f"{where} batch's header", batch.at, BATCH.size
+        at = batch.at + BATCH.size
+        while at < batch.at + batch.length:
+            length, tag, _ = RECORD.unpack_from(patient.content, at)
+            yield (
+                "typed object" if tag & USER_TAG else KINDS.get(tag, "end of an object"),
+                at,
+                length,
+            )
+            at += length
+    spare = patient.found.halves[1 - patient.found.superblock.active]
+    yield "spare half", *spare
+
+
+def test_the_ten_thousand_damages_change_every_kind_of_metadata_hundreds_of_times() -> None:
+    sick = [(p, bytearray(p.content), list(parts(p))) for p in patients()]
+    counts: Counter[str] = Counter()
+    for seed in range(ALL):
+        patient, content, known = sick[seed % len(sick)]
+        damage = inflict(content, areas(patient), random.Random(seed))
+        counts.update(
+            {
+                name
+                for name, at, length in known
+                if damage.hits(at, length)
+                and content[at : at + length] != patient.content[at : at + length]
+            }
+        )
+        for at, length in [*damage.ranges, (damage.size, len(content) - damage.size)]:
+            content[at : at + length] = patient.content[at : at + length]
+    print("", *(f"{count:6} {name}" for name, count in counts.most_common()), sep="\n")
+    assert set(counts) >= {name for _, _, known in sick for name, _, _ in known}
+    assert set(counts) >= {*KINDS.values(), "end of an object", "typed object"}
+    assert min(counts.values()) >= 300

@@ -11,7 +11,7 @@ from vfsmap.fs.draft import Finding
 from vfsmap.fs.inode import ROOT
 from vfsmap.pmem import Medium
 from vfsmap.pool import Oid, Pool
-from vfsmap.pool.layout import EXTENT, RECORD, SPACE, SUPERBLOCKS, ExtentRecord
+from vfsmap.pool.layout import EXTENT, RECORD, SPACE, SUPERBLOCKS, USER_TAG, ExtentRecord
 from vfsmap.pool.scan import Scan, scan
 from vfsmap.pool.superblock import SIZE
 from vfsmap.testing.recording import Event, Memory, RecordingPmem
@@ -74,17 +74,19 @@ def snapshot(fs: FileSystem) -> Snapshot:
             if fs.get(ino).is_directory:
                 queue.append(ino)
     files = {ino: _file(fs, ino) for ino in {ROOT, *names.values()}}
-    return Snapshot(names, files | _arenas(fs.pool))
+    return Snapshot(names, files | _of_programs(fs.pool))
 
 
-def _arenas(pool: Pool) -> dict[int, File]:
-    """Return what programs keep beside the file system, as files that have nothing but content."""
-    oids = [
-        Oid(oid)
-        for oid, rec in pool.objects.items()
-        if rec[4] == ExtentRecord.TAG and not rec[7] and not any(rec[RECORD.size : RECORD.size + 8])
-    ]
-    return {oid: File(b"", bytes(pool.view(oid)), (), b"", b"") for oid in oids}
+def _of_programs(pool: Pool) -> dict[int, File]:
+    """Return what programs keep beside the file system, as files without an inode."""
+    found = {}
+    for oid, rec in pool.objects.items():
+        _, tag, _ = RECORD.unpack_from(rec)
+        if tag & USER_TAG:
+            found[oid] = File(b"", b"", (), rec, b"")
+        elif tag == ExtentRecord.TAG and not any(rec[RECORD.size : RECORD.size + 8]):
+            found[oid] = File(b"", bytes(pool.view(Oid(oid))), (), b"", b"")
+    return found
 
 
 def _file(fs: FileSystem, ino: int) -> File:

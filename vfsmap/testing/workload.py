@@ -10,15 +10,16 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from ctypes import c_uint64
 from functools import cache
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 from unittest import mock
 
 from vfsmap.errors import NotFound, VfsmapError
 from vfsmap.fs import FileSystem
 from vfsmap.fs.inode import ROOT
 from vfsmap.fs.names import RENAME_EXCHANGE
-from vfsmap.pool import Commit, Oid, Pool
+from vfsmap.pool import Commit, Oid, Pool, Structure
 from vfsmap.pool.pool import format_pmem
 from vfsmap.testing.oracle import OLD_BYTES
 from vfsmap.testing.recording import MEDIA, Memory, RecordingPmem
@@ -56,6 +57,12 @@ class Workload(NamedTuple):
         return self.medium.removesuffix(TINY)
 
 
+class Number(Structure):
+    """An object of a program's own."""
+
+    _fields_: ClassVar = [("value", c_uint64 * 5)]
+
+
 class Context:
     """A file system that operations are done on."""
 
@@ -66,6 +73,7 @@ class Context:
         self.held: list[int] = []
         self.pins: list[int] = []
         self.arenas: list[Oid] = []
+        self.numbers: list[Oid] = []
         self.commit: Commit | None = None
 
     def home(self, path: str) -> tuple[int, bytes]:
@@ -120,7 +128,8 @@ def _make_mappable(c: Context, path: str) -> None:
         c.fs.make_mappable(ino, unit)
 
 
-def _seal(c: Context, path: str) -> None:
+def seal_file(c: Context, path: str) -> None:
+    """Seal a file."""
     ino = c.ino(path)
     hasher = Hasher(block_size=1024)
     for extent in c.fs.extents(ino, 0, c.fs.get(ino).size):  # a read would be another change
@@ -165,6 +174,23 @@ def _delete_arena(c: Context) -> None:
     if c.arenas:
         with c.pool.transaction() as tx:
             tx.delete(c.arenas.pop())
+
+
+def _new_number(c: Context) -> None:
+    with c.pool.transaction() as tx:
+        c.numbers.append(tx.new(Number()))
+
+
+def _set_number(c: Context) -> None:
+    if c.numbers:
+        with c.pool.transaction() as tx:
+            tx.set(c.numbers[-1], Number.from_buffer_copy(c.rng.randbytes(40)))
+
+
+def _delete_number(c: Context) -> None:
+    if c.numbers:
+        with c.pool.transaction() as tx:
+            tx.delete(c.numbers.pop())
 
 
 def _checkpoint(c: Context) -> None:
@@ -247,12 +273,15 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "align-small": lambda c: c.fs.set_align(c.ino("s"), PTE.shift),
     "align-sparse": lambda c: c.fs.set_align(c.ino("s"), PMD.shift),
     "zero-tail": lambda c: c.fs.zero_tail(c.ino("b")),
-    "seal": lambda c: _seal(c, "b"),
+    "seal": lambda c: seal_file(c, "b"),
     "read": lambda c: c.fs.read(c.ino("a"), 0, 100),
     "arena": lambda c: _arena(c, 20_000, PTE),
     "arena-unit": lambda c: _arena(c, PMD.size, PMD),
     "arena-write": _write_arena,
     "arena-delete": _delete_arena,
+    "object": _new_number,
+    "object-set": _set_number,
+    "object-delete": _delete_number,
     "trim": lambda c: c.pool.space.trim(),
     "resize": lambda c: c.pool.resize(c.pool.size + 2 * MIB),
     "checkpoint": _checkpoint,
@@ -275,6 +304,11 @@ def file_operations() -> list[str]:
     """Return the operations that stand for one call each."""
     left_out = ("close", *_GROUPED_ONLY, *_IN_COMPANY)
     return [name for name in OPERATIONS if name not in left_out]
+
+
+def all_operations() -> list[str]:
+    """Return those as well that need another one in front of them to do anything."""
+    return [name for name in OPERATIONS if name not in ("close", *_GROUPED_ONLY)]
 
 
 def perform(context: Context, name: str) -> None:
@@ -386,7 +420,7 @@ def plant(fs: FileSystem) -> None:
     fs.mknod(*c.home("p"), 0o010644, 0, 0, 0)
     fs.setxattr(c.ino("x"), b"user.one", b"1" * 40)
     fs.setxattr(c.ino("x"), b"user.two", b"")
-    _seal(c, "z")
+    seal_file(c, "z")
 
 
 @contextmanager
