@@ -27,7 +27,8 @@ test-slow: $(BIN)/vfsmap ## Run the long tests as well
 	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m "not vm"
 
 soak: $(BIN)/vfsmap ## Crash and damage pools for an hour: the figures of docs/reliability.md
-	$(BIN)/python -m vfsmap.testing.crash --seed 1 --minutes 30
+	$(BIN)/python -m vfsmap.testing.crash --seed 1 --minutes 15
+	$(BIN)/python -m vfsmap.testing.crash --seed 1 --only pairs --minutes 40
 	$(BIN)/pytest -q -m slow tests/property/test_check_damage.py tests/crash/test_crash_mending.py
 
 test-vm: $(BIN)/vfsmap ## Boot real kernels on files of a mounted pool

@@ -1,7 +1,10 @@
 """Thousands of crashes in and behind each operation; with them, in recovery from some."""
 
+import random
+
 import pytest
 
+from vfsmap.testing.crash import PROMISES, pairs
 from vfsmap.testing.hunt import Hunter, Tally
 from vfsmap.testing.workload import Workload, file_operations
 
@@ -19,3 +22,12 @@ def test_no_operation_loses_anything_in_thousands_of_crashes(
     assert tally.failures == []
     assert tally.images >= least
     assert tally.second > 0
+
+
+def test_a_drawn_share_of_the_pairs_of_operations_loses_nothing() -> None:
+    tally = Tally()
+    hunters = {medium: Hunter(medium, tally, every=16) for medium in PROMISES}
+    for row in random.Random(1).sample(list(pairs(random.Random(1))), 90):
+        hunters[row.medium].run(row)
+    assert tally.failures == []
+    assert tally.images >= 1500
