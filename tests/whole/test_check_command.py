@@ -203,6 +203,9 @@ def test_a_broken_seal_is_damage_that_no_repair_mends(pool: Path) -> None:
         assert (finding["code"], finding["where"]) == ("seal", f"inode {ino}")
         assert "1 blocks differ" in finding["what"]
         assert finding["remedy"] == "restore it from a copy"
+    assert "1 findings that no repair mends" in vfsmap("check", pool, check=False).stdout
+    said = vfsmap("check", pool, "--repair", check=False).stdout
+    assert said.endswith("0 things mended, 7 files, 3 extents; 1 can't be mended\n")
 
 
 @pytest.mark.parametrize("options", [(), ("--repair",), ("--repair", "--dry-run"), ("--json",)])

@@ -113,6 +113,10 @@ def _print(pool: Path, report: Report, findings: list[Finding], *, mended: bool)
     if not damage:
         print(f"{pool}: clean, {counted}")
     elif mended:
-        print(f"{pool}: {len(report.damage)} things mended, {counted}")
+        left = damage - len(report.damage)
+        rest = f"; {left} can't be mended" if left else ""
+        print(f"{pool}: {len(report.damage)} things mended, {counted}{rest}")
+    elif report.clean:
+        print(f"{pool}: damaged, {damage} findings that no repair mends")
     else:
         print(f"{pool}: damaged, {damage} findings; mend it with: vfsmap check --repair {pool}")
