@@ -32,6 +32,7 @@ SCENARIOS: Final = (
     "cow",
     "pstore",
     "kmod",
+    "kmod_memory",
     "hostile",
 )
 """The modules of this package that have a ``run(quick) -> Result``, in the order of the page."""

@@ -2,20 +2,14 @@
 
 Each process puts the text and the read-only data of four modules, bound to user space, at their
 addresses.  What a process has to answer for is the kernel's word (Pss: each page divided by the
-number of those who map it; the mount's server maps the pool, too).  It needs root, and a kernel
-package that the tests have fetched: ``python -m vfsmap_tools.bench.kmod_memory``.
+number of those who map it; the mount's server maps the pool, too).
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
-
-import click
 
 import vfsmap
 from vfsmap.kmod.host import Host
@@ -25,9 +19,11 @@ from vfsmap.kmod.runner import Runner
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.userspace import user_host
 from vfsmap.units import KIB, align_up
-from vfsmap_tools.console import print_json, print_table
+from vfsmap_tools.bench import places
+from vfsmap_tools.bench.results import Curve, Grid, Plot, Result
 
 NAMES: Final = ("crc7", "reed_solomon", "lz4_compress", "xfs")
+_MODULES: Final = Path(".cache/debian/612")
 _COUNTS: Final = (1, 2, 5, 10)
 
 
@@ -41,28 +37,6 @@ class Share(NamedTuple):
     """What of those ranges is private to a process."""
     copied: int
     """What as many copies of the same text and read-only data take."""
-
-
-def _run(*arguments: object) -> None:
-    command = [sys.executable, "-m", "vfsmap_tools.cli", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-@contextmanager
-def _mounted() -> Iterator[Path]:
-    """Yield a directory of a mounted pool, on a tmpfs in huge pages."""
-    with ExitStack() as stack:
-        place = Path(stack.enter_context(TemporaryDirectory(prefix="vfsmap-bench-")))
-        medium, mountpoint = place / "medium", place / "mnt"
-        medium.mkdir()
-        mountpoint.mkdir()
-        options = "size=300M,huge=always"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "bench", medium], check=True)
-        stack.callback(lambda: subprocess.run(["umount", medium], check=True))
-        _run("format", medium / "pool", "--size", "256M")
-        _run("mount", medium / "pool", mountpoint)
-        stack.callback(_run, "umount", mountpoint)
-        yield mountpoint
 
 
 def memory_of(pid: int, addresses: set[int]) -> dict[str, int]:
@@ -100,23 +74,32 @@ def measure(directory: Path, modules: Path) -> Iterator[Share]:
             )
 
 
-@click.command()
-@click.option("--modules", type=Path, default=Path(".cache/debian/612"), help="A kernel package.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(modules: Path, as_json: bool) -> None:
-    """Measure; exit with 1 when another process takes more memory for text."""
-    if not modules.is_dir():
-        sys.exit(f"{modules} is not there; run the tests once, they fetch it")
-    with _mounted() as directory:
-        shares = list(measure(directory, modules))
-    if as_json:
-        print_json([share._asdict() for share in shares])
-    else:
-        columns = ("processes", "mapped in place, KiB", "of it private, KiB", "copied, KiB")
-        print_table(columns, [[s.processes, *(size // KIB for size in s[1:])] for s in shares])
-    if any(s.anonymous for s in shares) or shares[-1].in_place > 2 * shares[0].in_place:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+def run(quick: bool) -> Result:
+    """Measure the memory of one to ten processes; there is no quicker way."""
+    result = Result(
+        "kmod_memory",
+        "Memory of processes that load the same modules",
+        "Text and read-only data of four modules of Linux 6.12, mapped in place from a pool on "
+        "tmpfs: what the processes and nobody else answer for (Pss), beside a copy for each.",
+    )
+    if not _MODULES.is_dir():
+        result.left_out.append(f"everything: {_MODULES} is not there; `make test` fetches it")
+        return result
+    with places.tmpfs("300M") as medium, places.pool(medium, "256M") as mount:
+        shares = list(measure(mount, _MODULES))
+    columns = ["processes", "mapped in place, KiB", "of it private, KiB", "copied, KiB"]
+    rows: list[list[str | int | float]] = [[s[0], *(size // KIB for size in s[1:])] for s in shares]
+    result.grids.append(Grid("All processes together", columns, rows))
+    curves = [
+        Curve(
+            "mapped in place", [s.processes for s in shares], [s.in_place // KIB for s in shares]
+        ),
+        Curve("copied", [s.processes for s in shares], [s.copied // KIB for s in shares]),
+    ]
+    title = "Memory for text and read-only data of four modules"
+    result.plots.append(Plot("processes", title, "processes", "KiB", curves))
+    private = max(s.anonymous for s in shares)
+    result.promise("bytes of text private to a process", private, 0, at_most=True)
+    growth = shares[-1].in_place / shares[0].in_place
+    result.promise("ten processes: times the memory of one", growth, 2, at_most=True)
+    return result
