@@ -1,4 +1,5 @@
 import hashlib
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -70,21 +71,54 @@ def test_trees_have_the_sizes_that_the_kernel_stores(
 def test_digests_equal_those_of_the_fsverity_tool(
     tmp_path: Path, algorithm: str, block_size: int, salt: bytes
 ) -> None:
+    for size in (0, 1, block_size, block_size + 1, 100 * KIB):
+        require_the_tools(tmp_path, sample(size), algorithm, block_size, salt)
+
+
+def require_the_tools(
+    directory: Path, content: bytes, algorithm: str, block_size: int, salt: bytes
+) -> None:
+    """Hold digest, descriptor and tree of a file against those of the fsverity tool."""
     tool = shutil.which("fsverity")
     assert tool, "the fsverity tool is missing: install Debian's package fsverity"
-    paths = []
-    for size in (0, 1, block_size, block_size + 1, 100 * KIB):
-        paths.append(tmp_path / str(size))
-        paths[-1].write_bytes(sample(size))
+    file, tree, descriptor = (directory / name for name in ("file", "tree", "descriptor"))
+    file.write_bytes(content)
     options = [f"--hash-alg={algorithm}", f"--block-size={block_size}", "--compact"]
-    if salt:
-        options.append(f"--salt={salt.hex()}")
-    printed = subprocess.run([tool, "digest", *options, *paths], capture_output=True, check=True)
-    ours = [
-        hash_file([path.read_bytes()], algorithm, block_size=block_size, salt=salt)[0]
-        for path in paths
-    ]
-    assert printed.stdout.decode().split() == [descriptor.digest.hex() for descriptor in ours]
+    options += [f"--out-merkle-tree={tree}", f"--out-descriptor={descriptor}"]
+    options += [f"--salt={salt.hex()}"] if salt else []
+    printed = subprocess.run([tool, "digest", *options, file], capture_output=True, check=True)
+    ours, our_tree = hash_file([content], algorithm, block_size=block_size, salt=salt)
+    case = f"{len(content)} bytes, {options[:2]}, salt {salt.hex()}"
+    assert printed.stdout.decode().strip() == ours.digest.hex(), case
+    assert descriptor.read_bytes() == ours.encode(), case
+    assert tree.read_bytes() == our_tree, case
+
+
+def require_the_tools_for_any(directory: Path, count: int, seed: int) -> None:
+    """Try random contents and parameters; half of the sizes lie where a tree grows."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        algorithm = rng.choice(("sha256", "sha512"))
+        block_size = rng.choice((1024, 2048, 4096))
+        salt = rng.randbytes(rng.choice((0, rng.randrange(1, 33), 32)))
+        size = rng.randrange(300 * KIB)
+        if rng.random() < 0.5:
+            hashes = block_size // (32 if algorithm == "sha256" else 64)
+            full = block_size * rng.choice((1, 2, hashes, hashes + 1, 2 * hashes, hashes**2))
+            size = max(0, min(full, 4 * MIB) + rng.choice((-1, 0, 1)))
+        require_the_tools(directory, rng.randbytes(size), algorithm, block_size, salt)
+
+
+def test_some_files_have_the_fsverity_tools_digest_descriptor_and_tree(tmp_path: Path) -> None:
+    require_the_tools_for_any(tmp_path, 40, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_many_files_have_the_fsverity_tools_digest_descriptor_and_tree(
+    tmp_path: Path, seed: int
+) -> None:
+    require_the_tools_for_any(tmp_path, 500, seed)
 
 
 @given(st.binary(max_size=20 * KIB), st.lists(st.integers(1, 5000), min_size=1))
