@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import vfsmap
-from vfsmap.errors import Damaged, Invalid, Sealed
+from vfsmap.errors import Damaged, Exists, Invalid, Sealed
 from vfsmap.kmod.bind import Bound, bind, called_by
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.image import ALTERNATIVES, CALLS, FTRACE, JUMPS, RETURNS
@@ -77,16 +77,20 @@ def test_a_store_knows_from_its_modules_which_functions_of_a_kernel_are_called(
     tmp_path: Path,
 ) -> None:
     where = host("612stuff")
-    store = Store(tmp_path)
+    store, raw = Store(tmp_path), vmlinuz("612").read_bytes()
+    (doubt,) = store.add_kernel(raw, where).doubts
+    assert re.search(r"whether \d+ functions of vmlinux are called depends on", doubt)
+    assert {"xfs", "kvm"} <= set(re.split(r"[ ,;:]+", doubt))
+    with pytest.raises(Exists, match="vmlinux bound to that host already"):
+        store.add_kernel(raw, where)
     store.add([Module.open(modules("612")[name]) for name in where.modules], where)
-    variant = store.add_kernel(vmlinuz("612").read_bytes(), where)
+    variant = store.add_kernel(raw, where)  # instead of that with doubts
+    assert store.find("vmlinux") == [variant]
+    assert len(list((tmp_path / "packs").iterdir())) == 2
     text = store.file(variant.pack, "text").read_bytes()[: len(variant.text)]
     assert hashlib.sha256(text).hexdigest() == where.document.vmlinux_text_sha256
     assert variant.doubts == []
-
-    (doubt,) = bind_kernel(kernel("612"), where).doubts
-    assert re.search(r"whether \d+ functions of vmlinuz\S* are called depends on", doubt)
-    assert {"xfs", "kvm"} <= set(re.split(r"[ ,;:]+", doubt))
+    assert Store(tmp_path).verify(vfsmap.map) == {}
 
 
 def test_what_a_document_does_not_tell_of_a_kernel_is_taken_from_a_similar_boot_and_said() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,16 +21,13 @@ from vfsmap.errors import Damaged, Exists, Invalid, NotFound
 from vfsmap.kmod.bind import (
     Bound,
     Placed,
-    bases_from,
     bind,
-    pages_in,
     place_for,
-    thunk_space,
 )
-from vfsmap.kmod.host import KERNEL_AREA, MODULE_AREA, Host, number
+from vfsmap.kmod.host import Host, number
 from vfsmap.kmod.index import Index, Pack, Variant, host_digest, symbols_digest
 from vfsmap.kmod.kernel import Kernel, bind_kernel
-from vfsmap.kmod.layout import Area, Layout
+from vfsmap.kmod.layout import Area
 from vfsmap.kmod.linker import Linker, callers_at_hand, in_order
 from vfsmap.kmod.module import Module
 from vfsmap.kmod.pack import (
@@ -38,21 +36,16 @@ from vfsmap.kmod.pack import (
     IN_PLACE,
     TEXT,
     Mapper,
-    arrange,
     damaged_blocks,
     data_parts,
-    end_of,
     in_units,
     make_empty,
     write_file,
     write_once,
 )
+from vfsmap.kmod.placing import places_for
 from vfsmap.kmod.subject import KernelSubject, ModuleSubject, Subject
-from vfsmap.kmod.userspace import (
-    IMAGES,
-    IMAGES_END,
-)
-from vfsmap.units import PMD, PTE, align_up
+from vfsmap.units import PTE, align_up
 
 INDEX: Final = "index.json"
 _MODULES_END: Final = 0xFFFF_FFFF_FF00_0000
@@ -247,19 +240,23 @@ class Store:
         ``beside`` are modules that the host has loaded; those that the store has are known without.
 
         Raises:
-            Exists: it is there already, bound to this host.
+            Exists: it is there already, bound to this host, with nothing or the same in doubt.
             NotFound, Invalid, Damaged: it can't be bound so.
 
-        Crash: it is there, or it is not.
+        Crash: it is there, or it is not; what it replaces may be left behind.
         """
         kernel = Kernel(raw, file_name)
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self.index = self._read_index()
             digest = host_digest(host)
-            self._require_new(kernel.build_id, "vmlinux", digest)
+            old = [
+                v for v in self.index.variants if (v.build_id, v.host) == (kernel.build_id, digest)
+            ]
             callers = callers_at_hand(self, host, beside)
             image, pages, doubts = bind_kernel(kernel, host, callers)
+            if any(v.doubts in ([], doubts) for v in old):
+                self._require_new(kernel.build_id, "vmlinux", digest)
             source = hashlib.sha256(raw).hexdigest()
             write_once(self.directory / "sources" / source, raw)
             text = image.memory.read(image.text.start, len(image.text))
@@ -271,9 +268,7 @@ class Store:
                 host=digest,
                 profile=host.profile,
                 symbols="",
-                pack=hashlib.blake2b(
-                    (kernel.build_id + digest).encode(), digest_size=8
-                ).hexdigest(),
+                pack=_pack_name([kernel.build_id, digest, *doubts]),
                 bases={Area.TEXT.value: image.text.start},
                 sizes=dict.fromkeys((area.value for area in Area), 0) | {"text": len(text)},
                 offsets={},
@@ -284,8 +279,12 @@ class Store:
             files = {TEXT: in_units([(image.text.start, text)], TEXT)}
             self._write_pack(variant.pack, files, [variant.name])
             write_once(self.directory / "hosts" / f"{digest}.json", host.encode())
-            self.index.variants.append(variant)
+            self.index.variants = [v for v in self.index.variants if v not in old] + [variant]
+            for each in old:
+                del self.index.packs[each.pack]
             self._replace_index()
+            for each in old:
+                shutil.rmtree(self.directory / "packs" / each.pack, ignore_errors=True)
         return variant
 
     def _require_new(self, build_id: str, name: str, host: str) -> None:
@@ -307,86 +306,23 @@ class Store:
     def _bind(
         self, modules: Sequence[Module], host: Host, at: int | None, beside: Sequence[Module]
     ) -> list[Bound]:
-        layouts = [Layout(module) for module in modules]
-        spare = [0] * len(modules)
-        if at is None and all(module.name in host.modules for module in modules):
-            places = [bases_from(host, m, lay) for m, lay in zip(modules, layouts, strict=True)]
-        else:
-            start = self._free_unit(host) if at is None else at
-            spare = [thunk_space(module, host) for module in modules]
-            places = arrange(layouts, start, spare)
-            self._require_free(host, layouts, places)
-            first = PMD.size if host.user_space else KERNEL_AREA
-            limit = IMAGES_END if host.user_space else _MODULES_END
-            end = max(
-                (
-                    b + layout.sizes[a]
-                    for layout, place in zip(layouts, places, strict=True)
-                    for a, b in place.items()
-                ),
-                default=0,
-            )
-            if start < first or end > limit:
-                raise Invalid(
-                    f"modules from {start:#x} to {end:#x} are outside the addresses that they "
-                    f"can be reached at, {first:#x} to {limit:#x}"
-                )
+        places = places_for(self, modules, host, at)
         bound: list[Bound] = []
         callers = callers_at_hand(self, host, [*beside, *modules])
         place_of = {m.name: place for m, place in zip(modules, places, strict=True)}
-        pages_of = {
-            m.name: pages_in(align_up(place[Area.TEXT] + layout.sizes[Area.TEXT], PTE.size), size)
-            for m, layout, place, size in zip(modules, layouts, places, spare, strict=True)
-        }
         for module in in_order(modules):
             linker = Linker(self, host, module, [b.placed for b in bound], self.index.variants)
             bound.append(
                 bind(
                     module,
                     host,
-                    place_of[module.name],
+                    place_of[module.name].bases,
                     resolve=linker.resolve,
-                    thunk_pages=pages_of[module.name],
+                    thunk_pages=place_of[module.name].thunk_pages,
                     callers=callers,
                 )
             )
         return bound
-
-    def _free_unit(self, host: Host) -> int:
-        """Return the first unit of 2 MiB behind everything this host has."""
-        end = IMAGES if host.user_space else MODULE_AREA
-        for resident in host.modules.values():
-            end = max(end, *resident.sections.values(), resident.text.stop)
-        end = max([end, *(span.stop for _, span in self._taken(host))])
-        return align_up(end, PMD.size)
-
-    def _taken(self, host: Host) -> Iterator[tuple[str, range]]:
-        """Yield the addresses that the store's modules have on a host, and their names."""
-        digest = host_digest(host)
-        for variant in self.index.variants:
-            if variant.is_kernel or not (variant.host == digest or host.user_space):
-                continue
-            for area, base in variant.bases.items():
-                if area != Area.PERCPU.value and variant.sizes[area]:
-                    yield variant.name, range(base, base + variant.sizes[area])
-            for page in variant.thunk_pages:
-                yield variant.name, range(page, page + PTE.size)
-
-    def _require_free(
-        self, host: Host, layouts: Sequence[Layout], places: Sequence[dict[Area, int]]
-    ) -> None:
-        """Check that nothing of the store's lies between the first address and the last.
-
-        Raises:
-            Exists: something does.
-        """
-        start = min(min(place[a] for a in place if a is not Area.PERCPU) for place in places)
-        end = end_of(places, layouts)
-        for name, span in self._taken(host):
-            if span.start < end and start < span.stop:
-                raise Exists(
-                    f"{self.directory} holds {name} at {span.start:#x}; put it elsewhere with --at"
-                )
 
     def _write(self, bound: list[Bound], host: Host, digest: str) -> list[Variant]:
         """Write a pack and everything its variants need; the index does not name it yet."""
