@@ -21,7 +21,7 @@ if [ -n "$missing" ]; then
     elif command -v sudo >/dev/null; then
         sudo=sudo
     else
-        echo "setup: these packages are missing, and you are neither root nor have sudo:$missing" >&2
+        echo "setup: you are neither root nor have sudo; have root do: apt-get install$missing" >&2
         exit 1
     fi
     $sudo apt-get update -qq

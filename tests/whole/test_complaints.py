@@ -136,6 +136,11 @@ def test_unmounting_nothing_says_where_pools_are_mounted(tmp_path: Path) -> None
 # copying
 
 
+def test_a_mount_in_use_is_not_unmounted_and_the_way_to_its_users_is_told(server: Server) -> None:
+    with (server.directory / "open").open("w"):
+        assert f"fuser -vm {server.directory}" in complaint("umount", server.directory, code=1)
+
+
 def test_a_file_is_not_copied_onto_itself(server: Server) -> None:
     path = server.directory / "itself"
     path.write_bytes(b"text")

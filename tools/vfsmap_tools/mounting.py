@@ -183,8 +183,10 @@ def unmount(directory: Path, *, force: bool = False, lazy: bool = False) -> None
         command = ["fusermount3", "-u", *["-z"] * lazy]
     result = subprocess.run([*command, str(directory)], capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = result.stderr.strip().splitlines()
-        raise Busy(f"can't unmount {directory}: {reason[-1] if reason else 'no reason given'}")
+        reason = result.stderr.strip().rstrip(".").splitlines() or ["no reason given"]
+        raise Busy(
+            f"can't unmount {directory}: {reason[-1]}; to see who uses it: fuser -vm {directory}"
+        )
 
 
 def wait_until_free(pool: Path, patience: int = _PATIENCE) -> None:

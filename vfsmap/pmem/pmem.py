@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol, Self
 
-from vfsmap.errors import Exists, Invalid, MediumError, Unsupported
+from vfsmap.errors import Exists, Invalid, MediumError, NoSpace, Unsupported
 from vfsmap.pmem import libc
 from vfsmap.pmem.files import (
     lock,
@@ -415,7 +415,11 @@ class Pmem:
             if mode:
                 what = f"{self.path}: can't give {format_size(length)} back"
             elif self.medium.name == "hugetlbfs" and exc.errno == errno.ENOSPC:
-                what += f" of free huge pages of {format_size(self.medium.page_size)}"
+                page = self.medium.page_size
+                count = _HUGEPAGES / f"hugepages-{page // KIB}kB" / "nr_hugepages"
+                raise NoSpace(
+                    f"{what} of free huge pages of {format_size(page)}; have more: {count}"
+                ) from exc
             raise translated(exc, what) from exc
 
     def _fdatasync(self) -> None:
