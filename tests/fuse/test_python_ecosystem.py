@@ -38,9 +38,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def here(server: Server, request: pytest.FixtureRequest) -> Path:
-    path: Path = server.directory / request.node.name.replace("[", "-").strip("]")
-    path.mkdir()
-    return path
+    return server.make_directory(request.node.name)
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,44 +14,8 @@ from vfsmap.errors import Busy, Invalid, NotFound
 from vfsmap.fs import ROOT, FileSystem
 from vfsmap.pmem import Pmem
 from vfsmap.pmem.procmaps import Scan, scan
-from vfsmap.pool import Pool
-from vfsmap.testing.daemon import Daemon, Listener, daemon, make, map_it, pattern
+from vfsmap.testing.daemon import Daemon, Listener, make, map_it, pattern
 from vfsmap.units import KIB, MIB
-
-SIZE = 32 * MIB
-
-
-@pytest.fixture
-def fs(tmp_path: Path) -> Iterator[FileSystem]:
-    made = FileSystem.format(Pool.create(tmp_path / "pool", SIZE))
-    yield made
-    if made.pool.pmem.fd >= 0:
-        made.close()
-
-
-@pytest.fixture
-def served(fs: FileSystem, tmp_path: Path) -> Iterator[Daemon]:
-    with daemon(fs, tmp_path / "s") as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Daemon) -> Iterator[Client]:
-    with served.client() as made:
-        yield made
-
-
-@pytest.fixture
-def events(served: Daemon) -> Iterator[Listener]:
-    with served.client() as made:
-        yield Listener(made)
-
-
-@pytest.fixture
-def invalidated(fs: FileSystem) -> list[int]:
-    found: list[int] = []
-    fs.invalidators.append(found.append)
-    return found
 
 
 def test_publishing_changes_the_times_and_drops_what_the_mount_has_cached(

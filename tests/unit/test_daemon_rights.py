@@ -21,7 +21,6 @@ from vfsmap.errors import (
     Untrusted,
 )
 from vfsmap.fs import ROOT, FileSystem
-from vfsmap.pool import Pool
 from vfsmap.testing.daemon import (
     Daemon,
     FakeMount,
@@ -34,28 +33,7 @@ from vfsmap.testing.daemon import (
 from vfsmap.testing.users import as_user
 from vfsmap.units import KIB, MIB
 
-SIZE = 32 * MIB
 NOBODY = 65534
-
-
-@pytest.fixture
-def fs(tmp_path: Path) -> Iterator[FileSystem]:
-    made = FileSystem.format(Pool.create(tmp_path / "pool", SIZE))
-    yield made
-    if made.pool.pmem.fd >= 0:
-        made.close()
-
-
-@pytest.fixture
-def served(fs: FileSystem, tmp_path: Path) -> Iterator[Daemon]:
-    with daemon(fs, tmp_path / "s") as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Daemon) -> Iterator[Client]:
-    with served.client() as made:
-        yield made
 
 
 @pytest.fixture

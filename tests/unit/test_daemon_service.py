@@ -4,7 +4,6 @@ import fcntl
 import mmap
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,39 +39,6 @@ from vfsmap.testing.daemon import (
 from vfsmap.units import GIB, KIB, MIB, PMD, Extent
 
 SIZE = 32 * MIB
-
-
-@pytest.fixture
-def fs(tmp_path: Path) -> Iterator[FileSystem]:
-    made = FileSystem.format(Pool.create(tmp_path / "pool", SIZE))
-    yield made
-    if made.pool.pmem.fd >= 0:
-        made.close()
-
-
-@pytest.fixture
-def served(fs: FileSystem, tmp_path: Path) -> Iterator[Daemon]:
-    with daemon(fs, tmp_path / "s") as running:
-        yield running
-
-
-@pytest.fixture
-def client(served: Daemon) -> Iterator[Client]:
-    with served.client() as made:
-        yield made
-
-
-@pytest.fixture
-def events(served: Daemon) -> Iterator[Listener]:
-    with served.client() as made:
-        yield Listener(made)
-
-
-@pytest.fixture
-def invalidated(fs: FileSystem) -> list[int]:
-    found: list[int] = []
-    fs.invalidators.append(found.append)
-    return found
 
 
 # Map

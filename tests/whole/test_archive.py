@@ -37,16 +37,12 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def tree(server: Server, request: pytest.FixtureRequest) -> Path:
-    path: Path = server.directory / request.node.name.replace("[", "-").strip("]")
-    path.mkdir()
-    return path
+    return server.make_directory(request.node.name)
 
 
 @pytest.fixture
 def back(server: Server, request: pytest.FixtureRequest) -> Path:
-    path: Path = server.directory / ("back-" + request.node.name.replace("[", "-").strip("]"))
-    path.mkdir()
-    return path
+    return server.make_directory(f"back-{request.node.name}")
 
 
 def fill(tree: Path) -> None:

@@ -11,32 +11,19 @@ from vfsmap.testing.boots import booted
 from vfsmap.testing.kernels import modules, vmlinuz
 from vfsmap.testing.observed import describe
 
+_FIRST = ["crc32c_generic", "libcrc32c", "reed_solomon"]
+_LAST = [
+    "ramoops",
+    "irqbypass",
+    "kvm",
+    "nf_defrag_ipv6",
+    "nf_defrag_ipv4",
+    "nf_conntrack",
+    "xfs",
+]
 NEEDED = {
-    "61": [
-        "crc32c_generic",
-        "libcrc32c",
-        "reed_solomon",
-        "pstore_zone",
-        "ramoops",
-        "irqbypass",
-        "kvm",
-        "nf_defrag_ipv6",
-        "nf_defrag_ipv4",
-        "nf_conntrack",
-        "xfs",
-    ],
-    "612": [
-        "crc32c_generic",
-        "libcrc32c",
-        "reed_solomon",
-        "ramoops",
-        "irqbypass",
-        "kvm",
-        "nf_defrag_ipv6",
-        "nf_defrag_ipv4",
-        "nf_conntrack",
-        "xfs",
-    ],
+    "61": [*_FIRST, "pstore_zone", *_LAST],
+    "612": [*_FIRST, *_LAST],
 }  # in the order in which they can be loaded
 
 

@@ -44,19 +44,12 @@ class Place:
         return self.machine.path(self.directory / name)
 
 
-@pytest.fixture(scope="module")
-def helpers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("root")
-    vfsmap("system", "install", "--root", root)
-    return root
-
-
 @pytest.fixture
-def place(helpers: Path) -> Iterator[Place]:
+def place(installed: Path) -> Iterator[Place]:
     with tmpfs(size="128M") as base:
         (base / "mnt").mkdir()
         vfsmap("format", base / "pool.pmem", "--size", "64M")
-        with machine({Path("/sbin"): helpers / "sbin"}) as made:
+        with machine({Path("/sbin"): installed / "sbin"}) as made:
             yield Place(made, base)
 
 
@@ -165,8 +158,10 @@ def test_a_busy_mount_is_left_alone_and_goes_lazily(place: Place) -> None:
         assert not place.options()
 
 
-def test_without_a_helper_of_our_own_mount_fuse3_finds_vfsmap(place: Place, helpers: Path) -> None:
-    layers = {Path("/usr/local/bin"): helpers / "usr/local/bin"}
+def test_without_a_helper_of_our_own_mount_fuse3_finds_vfsmap(
+    place: Place, installed: Path
+) -> None:
+    layers = {Path("/usr/local/bin"): installed / "usr/local/bin"}
     with machine(layers) as bare:
         bare.run("mount", "-t", "fuse.vfsmap", "-o", "ro", place.pool, place.directory)
         assert bare.mount_line(place.directory).startswith("fuse.vfsmap ro,")

@@ -48,13 +48,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
         os.sched_yield()
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("root")
-    vfsmap("system", "install", "--root", root)
-    return root
-
-
 @pytest.fixture
 def site(installed: Path) -> Iterator[Site]:
     with tmpfs(size="256M") as base:

@@ -41,6 +41,12 @@ class Server:
         if find_mount(self.directory):
             vfsmap("umount", self.directory)
 
+    def make_directory(self, test: str) -> Path:
+        """Make a directory for a test, named after it, on the mount."""
+        path = self.directory / test.replace("[", "-").strip("]")
+        path.mkdir()
+        return path
+
     @property
     def pid(self) -> int:
         """The server's process."""
