@@ -116,6 +116,8 @@ class Watch:
         self._past = (past << 1 | short) & _PAST
 
     async def _give_way(self) -> None:
+        # who is woken by I/O may come behind us in the turn that wakes it, and not in the next
+        await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
         self._turn = time.monotonic_ns()
 

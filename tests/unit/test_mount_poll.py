@@ -53,6 +53,30 @@ async def test_while_requests_keep_coming_other_tasks_have_their_turns(
     watch.forget()
 
 
+async def test_who_is_woken_by_io_has_its_turn_before_a_wait_polls_on(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    watch = Watch(pair[0].fileno())
+    ours, theirs = socket.socketpair()
+    woken = False
+
+    async def other() -> None:
+        nonlocal woken
+        await trio.lowlevel.wait_readable(ours)
+        woken = True
+
+    with ours, theirs:
+        theirs.send(b"x")
+        for _ in range(30):  # trio shuffles those who run in the same turn
+            woken = False
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(other)
+                await trio.lowlevel.checkpoint()
+                await watch._give_way()
+                assert woken
+    watch.forget()
+
+
 async def test_a_wait_can_be_cancelled(pair: tuple[socket.socket, socket.socket]) -> None:
     watch = Watch(pair[0].fileno())
     with trio.move_on_after(0):
