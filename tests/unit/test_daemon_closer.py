@@ -1,4 +1,5 @@
 import os
+import random
 import threading
 from typing import NamedTuple
 
@@ -21,16 +22,16 @@ class Hanging(NamedTuple):
 @pytest.fixture
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Hanging:
     entered, leave = threading.Event(), threading.Event()
-    real = os.close
+    real = os.closerange
     victim = os.open("/dev/null", os.O_RDONLY)
 
-    def close(fd: int) -> None:
-        if fd == victim:
+    def close_range(low: int, high: int) -> None:
+        if low <= victim < high:
             entered.set()
             leave.wait()
-        real(fd)
+        real(low, high)
 
-    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(os, "closerange", close_range)
     return Hanging(victim, entered, leave)
 
 
@@ -43,6 +44,26 @@ def test_a_descriptor_is_closed_soon() -> None:
     reader, writer = os.pipe()
     Closer().close(GOOD, [writer])
     wait_for_end(reader)
+
+
+def test_of_many_descriptors_those_are_closed_and_no_others() -> None:
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
+    reader, writer = os.pipe()
+    chosen = random.Random(1).sample(opened, 150)
+    Closer().close(GOOD, [*chosen, writer])
+    wait_for_end(reader)
+    gone = set(chosen)
+    assert not any(is_open(fd) for fd in gone)  # the writer was the last of all
+    for fd in set(opened) - gone:
+        os.close(fd)
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def test_many_descriptors_are_all_closed() -> None:
