@@ -18,9 +18,10 @@ _HOMES = {"map": "vfsmap.daemon.attach", "Window": "vfsmap.mapping.window"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavy when it is first asked for."""
+    """Import what is heavy when it is first asked for, once."""
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return found
     raise AttributeError(f"module 'vfsmap' has no attribute {name!r}")
