@@ -71,3 +71,18 @@ def test_a_writer_knows_what_it_did() -> None:
                 for _ in range(20):
                     writer.step(by_fsync=False)
                 assert writer.record().complaint(observe(fd), by_fsync=False) is None
+
+
+def test_a_writer_writes_to_no_unlinked_file_whose_cut_a_crash_may_undo() -> None:
+    unlinked = "unlink open "
+    with tmpfs(size="80M") as place, served_pool(place, "64M"), opened(place / "mnt") as fd:
+        for seed in range(8):
+            writer = Writer(fd, seed)
+            for _ in range(60):
+                writer.step(by_fsync=True)
+                trees, steps, *_ = writer.record()
+                if not steps or not (name := steps[-1][0]).startswith(unlinked):
+                    continue
+                node = trees[-2].names[name.removeprefix(unlinked)]
+                sizes = [len(t.nodes[node].content) for t in trees[:-1] if node in t.nodes]
+                assert max(sizes) == sizes[-1]

@@ -282,6 +282,10 @@ class Writer:
         # what other names it has shows the write
         if list(self._tree.names.values()).count(found[1]) > 1:
             return None
+        # and so does what lay there, if a cut that is not durable is undone
+        nodes = [tree.nodes[found[1]] for tree in self._trees if found[1] in tree.nodes]
+        if max(len(node.content) for node in nodes) > end:
+            return None
         return Step(f"unlink open {name}", self._without(name), do)
 
     def _do_unlink(self, name: str) -> None:
