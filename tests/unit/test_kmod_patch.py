@@ -350,6 +350,13 @@ def test_paravirtual_calls_become_direct_or_vanish() -> None:
         apply_paravirt(made, host())
 
 
+def test_a_paravirtual_call_that_does_not_fit_is_damage() -> None:
+    made = image(b"\xff" * 8, PARAVIRT, struct.pack("<QBB6x", TEXT, 0, 4), dialect=OLD)
+    with pytest.raises(Damaged, match="has 4 bytes for a call at 0xffffffffc0000000"):
+        apply_paravirt(made, host(pv_ops=[hex(THUNKS)]))
+    assert text_of(made) == "ff" * 8
+
+
 FEATURE = 9 * 32 + 5
 
 
@@ -378,6 +385,13 @@ def test_alternatives_follow_the_feature_or_its_absence(dialect: Dialect) -> Non
     assert applied == "31c0" + "0f1f00"
     assert alternative(old, new, dialect=dialect, flags=1) == applied
     assert alternative(old, new, dialect=dialect, flags=1, features=(FEATURE,)) == old
+
+
+@pytest.mark.parametrize("dialect", [OLD, NEW])
+def test_a_replacement_longer_than_its_place_is_damage(dialect: Dialect) -> None:
+    assert alternative("31c0", "b801000000", dialect=dialect) == "31c0"
+    with pytest.raises(Damaged, match="puts 5 bytes into 2 at 0xffffffffc0000000"):
+        alternative("31c0", "b801000000", dialect=dialect, features=(FEATURE,))
 
 
 @pytest.mark.parametrize("dialect", [OLD, NEW])

@@ -34,6 +34,11 @@ def apply_alternatives(image: Image, host: Host) -> None:
             raise Damaged(f"{image.name}: {ALTERNATIVES} asks for the feature {entry.feature}")
         applies = host.has(entry.feature) != entry.inverted
         if applies:
+            if entry.replacement_length > entry.length:
+                raise Damaged(
+                    f"{image.name}: {ALTERNATIVES} puts {entry.replacement_length} bytes into "
+                    f"{entry.length} at {entry.address:#x}"
+                )
             code = image.memory.read(entry.replacement, entry.replacement_length, ALTERNATIVES)
             patch = _relocated if image.dialect.relocates else _moved
             image.memory.write(entry.address, patch(image, host, entry, code), ALTERNATIVES)

@@ -77,6 +77,10 @@ def apply_paravirt(image: Image, host: Host) -> None:
         if function != host.require_symbol("_paravirt_nop"):
             target = function or host.require_symbol("paravirt_BUG")
             code = branch(CALL, site.address, target)
+        if len(code) > site.length:
+            raise Damaged(
+                f"{image.name}: {PARAVIRT} has {site.length} bytes for a call at {site.address:#x}"
+            )
         code += fill(site.length - len(code), image.dialect)
         image.memory.write(site.address, code, PARAVIRT)
 
