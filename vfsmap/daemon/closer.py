@@ -57,7 +57,7 @@ class Closer:
             # while calls come thick and fast, waking this thread for each would slow them all down
             time.sleep(_TURN)
             idle += 1
-            if not waiting.empty():
+            while not waiting.empty():
                 idle = 0
                 _close_all([waiting.get() for _ in range(min(waiting.qsize(), _BATCH))])
 
