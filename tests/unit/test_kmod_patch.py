@@ -13,7 +13,6 @@ from vfsmap.kmod.branches import (
     RETHUNK,
     RETPOLINE,
     RETPOLINE_LFENCE,
-    CallDepth,
     Thunks,
     apply_paravirt,
     apply_retpolines,
@@ -24,10 +23,8 @@ from vfsmap.kmod.branches import (
     most_thunk_pages,
     seal_entries,
 )
-from vfsmap.kmod.host import Document, Host, ModuleDocument
 from vfsmap.kmod.image import (
     ALTERNATIVES,
-    CALLS,
     ENDBR,
     FTRACE,
     JUMPS,
@@ -39,72 +36,11 @@ from vfsmap.kmod.image import (
     RETURNS,
     STATIC_CALLS,
     Dialect,
-    Image,
-    Span,
 )
 from vfsmap.kmod.insn import decode
-from vfsmap.kmod.keys import apply_jumps, apply_static_calls, unknown_keys
-from vfsmap.kmod.memory import Memory, Region
+from vfsmap.kmod.keys import apply_jumps, apply_static_calls
 from vfsmap.kmod.nops import fill, optimized
-
-TEXT = 0xFFFFFFFFC0000000
-TABLE = TEXT + 0x10000
-THUNKS = 0xFFFFFFFF81E02000
-SYMBOLS = {
-    "__x86_indirect_thunk_array": THUNKS,
-    "__x86_indirect_call_thunk_array": THUNKS + 0x400,
-    "__x86_indirect_jump_thunk_array": THUNKS + 0x800,
-    "__x86_return_thunk": THUNKS + 0x1000,
-    "its_return_thunk": THUNKS + 0x1040,
-    "__fentry__": THUNKS + 0x2000,
-    "_paravirt_nop": THUNKS + 0x2100,
-    "paravirt_BUG": THUNKS + 0x2200,
-    "nop_func": THUNKS + 0x2300,
-    "BUG_func": THUNKS + 0x2400,
-    "__static_call_return0": THUNKS + 0x2500,
-    "__static_call_return": THUNKS + 0x2600,
-    "pcpu_hot": 0x35000,
-    "pv_ops": 0xFFFFFFFF82C00000,
-}
-
-
-def host(*features: int, **more: object) -> Host:
-    words = [0] * 24
-    for feature in features:
-        words[feature >> 5] |= 1 << (feature & 31)
-    document = Document(
-        kernel="6",
-        x86_capability=words,
-        kernel_symbols={name: hex(value) for name, value in SYMBOLS.items()},
-        x86_return_thunk=hex(SYMBOLS["__x86_return_thunk"]),
-        vmlinux_text_len=0x1000000,
-    )
-    for name, value in more.items():
-        setattr(document, name, value)
-    return Host(document)
-
-
-def image(
-    text: bytes, table: str = "", rows: bytes = b"", *, dialect: Dialect = NEW, base: int = TEXT
-) -> Image:
-    memory = Memory("test.ko")
-    memory.add(Region("text", base, bytearray(text)))
-    made = Image(memory, dialect, range(base, base + len(text)))
-    if table:
-        memory.add(Region("table", TABLE, bytearray(rows)))
-        made.tables[table] = Span(TABLE, len(rows))
-    return made
-
-
-def to(*addresses: int) -> bytes:
-    """Return a table of self-relative words."""
-    return b"".join(
-        struct.pack("<i", address - TABLE - 4 * i) for i, address in enumerate(addresses)
-    )
-
-
-def text_of(made: Image, size: int = 0, at: int = 0) -> str:
-    return made.memory.read(made.text.start + at, size or len(made.text)).hex()
+from vfsmap.testing.images import SYMBOLS, TABLE, TEXT, THUNKS, host, image, text_of, to
 
 
 def retpolined(code: bytes, *features: int, dialect: Dialect = NEW, base: int = TEXT) -> str:
@@ -220,80 +156,6 @@ def test_returns_are_bare_or_go_by_way_of_the_thunk_in_use() -> None:
     apply_returns(aligned, host(RETHUNK, x86_return_thunk=hex(its)))
     assert text_of(aligned, 5) == branch(JUMP, TEXT, its).hex()
     assert text_of(aligned, 5, 0x20) == "c3cccccccc"  # upper halves of lines are safe
-
-
-def test_calls_are_counted_in_front_of_the_function() -> None:
-    function = TEXT + 0x40
-    code = branch(CALL, TEXT, function).ljust(0x30, b"\xcc") + b"\x90" * 16 + b"\xc3"
-    code = code.ljust(0x100, b"\xcc")
-    made = image(code, CALLS, to(TEXT))
-    depth = CallDepth(made, host(CALL_DEPTH), [])
-    depth.apply()
-    pad = function - 9
-    assert text_of(made, 5) == branch(CALL, TEXT, pad).hex()
-    counter = struct.pack("<I", 0x35010 - function & 0xFFFFFFFF).hex()
-    assert made.memory.read(pad, 9).hex() == "6548c13d" + counter + "05"
-    assert depth.elsewhere == {}
-
-
-def test_calls_that_may_not_be_counted_stay() -> None:
-    kernel = 0xFFFFFFFF81000100
-    for target, counted in ((kernel, True), (SYMBOLS["__fentry__"], False), (0x1000, False)):
-        made = image(branch(CALL, TEXT, target), CALLS, to(TEXT))
-        where = host(CALL_DEPTH, vmlinux_text_len=0x2000000)
-        depth = CallDepth(made, where, [])
-        depth.apply()
-        wanted = target - 9 if counted else target
-        assert text_of(made) == branch(CALL, TEXT, wanted).hex()
-        assert list(depth.elsewhere) == ([kernel - 9] if counted else [])
-
-
-def test_what_modules_call_is_marked_and_of_modules_not_at_hand_it_is_guessed() -> None:
-    # four functions of an image, 32 bytes each, with room for a count in front
-    functions = [TEXT + 0x20 * n + 0x10 for n in range(4)]
-    called, guessed, both, nobodys = functions
-    code = (b"\x90" * 16 + b"\xc3".ljust(16, b"\xcc")) * 4
-
-    def resident(*imports: int) -> ModuleDocument:
-        return ModuleDocument(imports={f"f{a:x}": hex(a) for a in imports}, text_base="0x1000")
-
-    modules = {
-        "here": resident(called, nobodys),
-        "gone": resident(guessed, both),
-        "idle": resident(called),
-        "also_gone": resident(both),
-    }
-    made = image(code)
-    depth = CallDepth(made, host(CALL_DEPTH, modules=modules), callers={"here": [called]})
-    depth.apply()
-    assert depth.guess() == (2, ["gone", "also_gone"])
-    marked = [made.memory.read(a - 9, 1) == b"\x65" for a in functions]
-    assert marked == [True, True, True, False]
-    # nothing is left to guess when all are at hand
-    made = image(code)
-    callers = {"here": [called], "gone": [both], "idle": [], "also_gone": [both]}
-    depth = CallDepth(made, host(CALL_DEPTH, modules=modules), callers=callers)
-    depth.apply()
-    assert depth.guess() == (0, [])
-    marked = [made.memory.read(a - 9, 1) == b"\x65" for a in functions]
-    assert marked == [True, False, True, False]
-
-
-def test_keys_whose_states_nobody_tells_are_named_and_counted() -> None:
-    known, unknown = TEXT + 0x5000, TEXT + 0x6000
-    rows = b"".join(
-        struct.pack(
-            "<iiq", at - TABLE - 16 * n, at + 8 - TABLE - 16 * n - 4, key - TABLE - 16 * n - 8
-        )
-        for n, (at, key) in enumerate(((TEXT, known), (TEXT + 5, unknown), (TEXT + 10, unknown)))
-    )
-    made = image((b"\x0f\x1f\x44\0\0" * 3).ljust(0x40, b"\xcc"), JUMPS, rows)
-    symbols = {**SYMBOLS, "some_key": unknown}
-    where = host(static_key_enabled={hex(known): 1}, kernel_symbols=symbols)
-    (doubt,) = unknown_keys(made, where)
-    assert "states of 1 keys (some_key): 2 jump labels" in doubt
-    where = host(static_key_enabled={hex(known): 1, hex(unknown): 0})
-    assert unknown_keys(made, where) == []
 
 
 @pytest.mark.parametrize(
