@@ -40,7 +40,7 @@ def require_no_directory(path: Path) -> None:
     Raises:
         Invalid: it is one.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir() raises where a directory above can't be searched
         raise Invalid(f"{path} is a directory; a pool is a regular file or a DAX device")
 
 
