@@ -134,6 +134,18 @@ def test_what_can_not_hold_a_pool_is_refused_with_the_reason(directory: Path) ->
             Pmem.open("/dev/null", writable=writable)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be other users")
+def test_whoever_may_not_make_a_pool_there_is_told_to_name_another_place(directory: Path) -> None:
+    directory.chmod(0o755)
+
+    def attempt() -> str:
+        with pytest.raises(Denied) as refused:
+            Pmem.create(directory / "new", 4096)
+        return str(refused.value)
+
+    assert "name another place" in as_user(65534, attempt)
+
+
 def test_a_link_is_not_followed_when_a_pool_is_made(directory: Path) -> None:
     (directory / "link").symlink_to(directory / "elsewhere")
     with pytest.raises(Invalid):

@@ -50,6 +50,8 @@ def _cure(exc: OSError, path: Path, flags: int) -> str:
         if flags & os.O_CREAT:
             return f"make the directory first: mkdir -p {path.parent}"
         return f"make a pool with: vfsmap format {path} --size 8G"
+    if flags & os.O_CREAT and not path.exists():
+        return f"a file can't be made in {path.parent}; name another place, or ask its owner"
     if exc.errno in (errno.EACCES, errno.EPERM):
         return "a pool is for its owner and root alone"
     return "a pool is a regular file or a DAX device"
