@@ -6,7 +6,7 @@ PYTHON ?= python3
 
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-vm test-kill soak lint types wheel bench docs clean
+.PHONY: help setup demo test test-slow test-vm test-kill newcomer soak lint types wheel bench docs clean
 
 help: ## Tell what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test-kill: $(BIN)/vfsmap ## Kill a mount's server under eight writers, and the w
 	    $(BIN)/python -m vfsmap.testing.killing --medium $$medium --rounds 200 || exit; \
 	done
 	$(BIN)/pytest -q -m slow tests/crash/test_pstore_kill.py
+
+newcomer: $(BIN)/vfsmap ## Follow README and tutorial on fresh machines, and time it: as root, with debootstrap
+	$(BIN)/python -m vfsmap.testing.newcomer --rounds 2
 
 lint: $(BIN)/vfsmap ## Check style
 	$(BIN)/ruff check .

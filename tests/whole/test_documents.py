@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vfsmap.testing import documents
+from vfsmap.testing import documents, newcomer
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -68,3 +68,11 @@ def test_a_command_fails_if_the_page_shows_an_error_and_only_then() -> None:
     assert not documents.Result(failing, 0, "vfsmap: no such pool\n").as_shown
     working = documents.Step(1, "x", False, None)
     assert not documents.Result(working, 1, "").as_shown
+
+
+def test_the_newcomer_does_what_readme_says() -> None:
+    readme = (ROOT / "README.md").read_text()
+    done = " ".join(step.command for step in newcomer.STEPS)
+    for command in ("apt-get install", "git clone", "make setup", "make demo"):
+        assert command in readme
+        assert command in done
