@@ -94,7 +94,8 @@ class Watch:
         """
         start = time.monotonic_ns()
         if start - self._turn > TURN_NS:
-            await self._give_way()
+            await trio.lowlevel.checkpoint()
+            self._turn = time.monotonic_ns()
         past = self._past
         if self._expected[past]:
             poll, clock, until = self._epoll.poll, time.monotonic_ns, start + SPIN_NS
