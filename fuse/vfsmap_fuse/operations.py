@@ -25,7 +25,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields, StatvfsData
 
 from vfsmap.errors import NoSpace, NotFound, Sealed, VfsmapError
-from vfsmap.fs import RENAME_EXCHANGE, FileSystem, Inode
+from vfsmap.fs import FileSystem, Inode
 from vfsmap.tally import Tallies
 from vfsmap.units import MIB
 from vfsmap_fuse.attributes import (
@@ -103,6 +103,7 @@ class Operations(pyfuse3.Operations):
         self._forgotten: list[int] = []
         """Held inodes that the kernel knows no more; soon they are let go, many at a time."""
         self._ender = trio.lowlevel.ParkingLot()
+        fs.name_goes = self._hold_known
 
     # names
 
@@ -149,13 +150,11 @@ class Operations(pyfuse3.Operations):
     @answered
     def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
         """Remove a name."""
-        self._hold_known(parent, name)
         self.fs.unlink(parent, name)
 
     @answered
     def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an empty directory."""
-        self._hold_known(parent, name)
         self.fs.rmdir(parent, name)
 
     @answered
@@ -169,8 +168,6 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         """Move a name, or exchange two."""
-        if flags != RENAME_EXCHANGE:
-            self._hold_known(new_parent, new_name)
         self.fs.rename(parent, name, new_parent, new_name, flags)
 
     @answered
@@ -188,12 +185,8 @@ class Operations(pyfuse3.Operations):
         known[inode.ino] = known.get(inode.ino, 0) + 1
         return entry_of(inode, self.keep)
 
-    def _hold_known(self, parent: int, name: bytes) -> None:
+    def _hold_known(self, ino: int) -> None:
         """Have an inode outlive its last name for as long as the kernel knows it."""
-        try:
-            ino = self.fs.lookup(parent, name).ino
-        except NotFound:
-            return
         if ino in self._known and ino not in self._held:
             self._held.add(ino)
             self.fs.hold(ino)

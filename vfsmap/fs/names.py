@@ -18,7 +18,7 @@ from vfsmap.errors import (
 from vfsmap.fs.inode import ALIGN_MASK, ROOT, Inode
 from vfsmap.fs.state import BATCH_PIECES, SYMLINK, State
 from vfsmap.pool import Transaction
-from vfsmap.pool.layout import RECORD, DirentRecord, SymlinkRecord, record_packer, whole_record
+from vfsmap.pool.layout import RECORD, DirentRecord, SymlinkRecord, WholeRecord, record_packer
 
 NAME_MAX: Final = 255
 TARGET_MAX: Final = 4095
@@ -115,7 +115,7 @@ class Names(State):
             self.get(ino)
             raise Invalid(f"inode {ino} is not a symbolic link")
         rec = self.pool.objects[oid]
-        with whole_record(f"link {ino}"):
+        with WholeRecord(f"link {ino}"):
             _, length = SYMLINK.unpack_from(rec, RECORD.size)
         at = RECORD.size + SYMLINK.size
         return rec[at : at + length]
@@ -351,6 +351,7 @@ class Names(State):
 
     def _lose_name(self, tx: Transaction, inode: Inode, now: int) -> bool:
         """Take one name away; tell whether the inode, that nobody uses, ends with it."""
+        self.name_goes(inode.ino)
         inode.nlink = 0 if inode.is_directory else inode.nlink - 1
         inode.ctime_ns = now
         if inode.nlink == 0 and inode.ino not in self._uses:
