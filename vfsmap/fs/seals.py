@@ -8,7 +8,7 @@ from vfsmap.errors import Busy, Exists
 from vfsmap.fs.inode import Inode
 from vfsmap.fs.state import State
 from vfsmap.pool import Transaction
-from vfsmap.pool.layout import BLOCK, EXTENT, RECORD, SealRecord, TreeExtentRecord, whole_record
+from vfsmap.pool.layout import BLOCK, EXTENT, RECORD, SealRecord, TreeExtentRecord, WholeRecord
 from vfsmap.units import Extent, align_up
 
 
@@ -99,6 +99,6 @@ class Seals(State):
     def tree_extents(self, ino: int) -> list[Extent]:
         """Return where a sealed file's Merkle tree lies, ascending."""
         records = (self.pool.objects[oid] for oid in self._trees.get(ino, ()))
-        with whole_record("a Merkle tree's extent"):
+        with WholeRecord("a Merkle tree's extent"):
             fields = [EXTENT.unpack_from(rec, RECORD.size) for rec in records]
         return sorted(Extent(offset, start, length) for _, offset, start, length in fields)

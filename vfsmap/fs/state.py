@@ -35,9 +35,9 @@ from vfsmap.pool.layout import (
     SealRecord,
     SymlinkRecord,
     TreeExtentRecord,
+    WholeRecord,
     XattrRecord,
     packer,
-    whole_record,
 )
 from vfsmap.units import Extent
 
@@ -46,7 +46,7 @@ SYMLINK: Final = packer(SymlinkRecord)
 XATTR: Final = packer(XattrRecord)
 _PAYLOAD: Final = RECORD.size
 _DIRECTORY: Final = stat.S_IFDIR >> 12
-_MOST_CACHED: Final = 1 << 16
+_MOST_CACHED: Final = 1 << 17
 _DAY_NS: Final = 86_400 * 10**9
 BATCH_PIECES: Final = 1000
 """The most extents that one transaction frees, so that a file in many pieces can be deleted."""
@@ -132,9 +132,11 @@ class State:
         """Files whose extents are known to hold nothing but zeros behind the file's end."""
         self.end_stale_pins: Callable[[], None] = lambda: None
         """Set by whoever pins: unpins, right now, what is pinned for nobody any more."""
+        self.name_goes: Callable[[int], None] = lambda ino: None
+        """Set by whoever else knows inodes: called before one loses a name, and may hold it."""
         self.inode_count = 0
         self._orphans: list[int] = []
-        with whole_record("a name or an attribute"):
+        with WholeRecord("a name or an attribute"):
             self._index()
 
     def _index(self) -> None:
@@ -193,7 +195,7 @@ class State:
             rec = self.pool.objects.get(ino)
             if rec is None or rec[4] != InodeRecord.TAG or rec[7]:
                 raise NotFound(f"there is no inode {ino}")
-            with whole_record(f"inode {ino}"):
+            with WholeRecord(f"inode {ino}"):
                 inode = Inode.decode(rec)
             if ino in self._maps or ino in self._extents:
                 inode.blocks = self.map_of(ino).allocated >> 9
@@ -284,7 +286,7 @@ class State:
     def _pieces(self, ino: int) -> list[Piece]:
         objects = self.pool.objects
         pieces = []
-        with whole_record(f"an extent of inode {ino}"):
+        with WholeRecord(f"an extent of inode {ino}"):
             for oid in self._extents_of(ino):
                 _, offset, start, length = EXTENT.unpack_from(objects[oid], _PAYLOAD)
                 pieces.append(Piece(offset, start, length, oid))

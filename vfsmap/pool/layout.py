@@ -16,8 +16,6 @@ the records of a half in order gives all objects.
 
 import ctypes
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any, ClassVar, Final
 
@@ -210,17 +208,26 @@ RECORD: Final = packer(RecordHeader)
 EXTENT: Final = packer(ExtentRecord)
 
 
-@contextmanager
-def whole_record(what: str) -> Iterator[None]:
-    """Unpack a record inside.
+class WholeRecord:
+    """A ``with`` block that unpacks a record.
 
     Raises:
         PoolDamaged: it is shorter than its fields.
     """
-    try:
-        yield
-    except struct.error as exc:
-        raise PoolDamaged(f"the record of {what} is too short; run: vfsmap check") from exc
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, exc: BaseException | None, __: object) -> None:
+        if isinstance(exc, struct.error):
+            raise PoolDamaged(
+                f"the record of {self._what} is too short; run: vfsmap check"
+            ) from exc
 
 
 def record(oid: int, tag: int, payload: bytes) -> bytes:

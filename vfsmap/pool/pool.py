@@ -23,7 +23,7 @@ from vfsmap.pool.layout import (
     VERSION,
     ExtentRecord,
     Superblock,
-    whole_record,
+    WholeRecord,
 )
 from vfsmap.pool.log import LogHalf, Place
 from vfsmap.pool.space import Run, Space
@@ -280,7 +280,7 @@ class Pool:
         """
         rec = self.objects.get(oid)
         if rec is not None and RECORD.unpack_from(rec)[1] == ExtentRecord.TAG:
-            with whole_record(f"arena {oid}"):
+            with WholeRecord(f"arena {oid}"):
                 owner, offset, start, length = EXTENT.unpack_from(rec, RECORD.size)
             if owner == 0:
                 return Extent(offset, start, length)
