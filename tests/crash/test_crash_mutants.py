@@ -247,7 +247,10 @@ WRONG: Final[dict[Mutant, Killer]] = {
         "tx.end(names[name])\n    with self.change() as tx:",
     ): "store/unlink-link",
     replaced(
-        state.State, "end_inode", "[*self._belongings(ino), ino]", "[ino, *self._belongings(ino)]"
+        state.State,
+        "_end_inodes",
+        "(*self._belongings(ino), ino)",
+        "(ino, *self._belongings(ino))",
     ): "store-tiny/unlink-attributes",
     replaced(Files, "end_orphans", "self.end_inode(ino)", "pass"): "store/unlink-held",
     replaced(rewrite, "rewrite", "journal.compact()", "pass"): mending_by_sync,
