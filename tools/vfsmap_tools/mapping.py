@@ -75,9 +75,10 @@ def map_command(
             )
             return
         kind = "the pool itself" if window.direct else "the kernel's page cache"
-        print(f"{file}: {format_size(window.length)} of {kind}, {page_sizes_text(sizes)} pages")
-        if not populate and not sum(sizes.values()):
-            print("nothing is mapped before it is touched; see --populate", file=sys.stderr)
+        pages = f"{page_sizes_text(sizes)} pages" if any(sizes.values()) else "no page mapped yet"
+        print(f"{file}: {format_size(window.length)} of {kind}, {pages}")
+        if not populate and not any(sizes.values()):
+            print("a page is mapped when it is touched; see --populate", file=sys.stderr)
         print_table(
             ("file offset", "pool offset", "length"),
             ([f"{e['offset']:#x}", f"{e['start']:#x}", format_size(e["length"])] for e in extents),
