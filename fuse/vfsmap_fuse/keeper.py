@@ -16,6 +16,7 @@ ends the connection if it is not.
 
 import os
 import select
+import signal
 import sys
 from contextlib import suppress
 
@@ -96,4 +97,6 @@ def _unmount(directory: str) -> None:
 
 
 if __name__ == "__main__":
+    # systemd asks all of a service's processes to end at once, when one was killed as well
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     keep(int(sys.argv[1]), *sys.argv[2:])

@@ -122,6 +122,16 @@ def test_a_server_that_is_killed_with_a_file_of_its_own_mount_open_dies(made: Ar
     made.require_clean()
 
 
+def test_a_keeper_that_is_asked_to_end_with_its_server_takes_the_mount_away_first() -> None:
+    with tmpfs() as place, served_pool(place, "64M") as server:
+        pid = server.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(pid, signal.SIGKILL)
+        for child in map(int, children):
+            os.kill(child, signal.SIGTERM)
+        wait_until(lambda: find_mount(server.directory) is None)
+
+
 @pytest.mark.parametrize("command", ["umount", "mount"])
 def test_a_mount_whose_keeper_was_killed_too_is_taken_away_by_the_next_command(
     command: str,
