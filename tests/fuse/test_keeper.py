@@ -15,6 +15,7 @@ import pyfuse3
 import pytest
 
 import vfsmap
+from vfsmap.daemon.client import socket_of
 from vfsmap.errors import VfsmapError
 from vfsmap.testing.commands import served_pool
 from vfsmap.testing.commands import vfsmap as vfsmap_command
@@ -140,6 +141,9 @@ def test_a_mount_whose_keeper_was_killed_too_is_taken_away_by_the_next_command(
         (server.directory / "file").write_bytes(TEXT)
         pid = server.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        socket = socket_of(server.directory)
+        assert socket
+        assert socket.exists()
         with (server.directory / "file").open("rb"):
             for one in (*map(int, children), pid):
                 os.kill(one, signal.SIGKILL)
@@ -148,6 +152,7 @@ def test_a_mount_whose_keeper_was_killed_too_is_taken_away_by_the_next_command(
             if command == "umount":
                 vfsmap_command("umount", server.directory)
                 assert not find_mount(server.directory)
+                assert not socket.exists()
             else:
                 server.mount()
                 assert (server.directory / "file").read_bytes() == TEXT

@@ -241,9 +241,22 @@ def _clear_stale(directory: Path) -> bool:
             return False
     else:
         return False
+    mounted = find_mount(directory)
     with suppress(Busy):  # the keeper may be faster
         unmount(directory, lazy=True)
+    if mounted:
+        _remove_socket(mounted.pool)
     return find_mount(directory) is None
+
+
+def _remove_socket(pool: Path) -> None:
+    """Remove what a killed server has left where the daemon of its pool listens by default."""
+    from vfsmap.pool import Pool
+    from vfsmap_fuse import keeper
+    from vfsmap_tools.server import default_socket
+
+    with suppress(VfsmapError, OSError), Pool.open(pool, "r") as opened:
+        keeper.remove(str(default_socket(opened)))
 
 
 def _start(arguments: list[str], **server: Any) -> None:
