@@ -70,6 +70,9 @@ class _Layout(NamedTuple):
 def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
     """Return the geometry of the region at the start of a buffer.
 
+    An ftrace zone that has no others beside it is known by its header alone: where that is spoilt,
+    another geometry may be found, or none.
+
     Raises:
         Damaged: no ramoops region is there, or nothing explains what is.
     """
