@@ -2,6 +2,11 @@
 
 import signal
 
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
+
 
 def pytest_configure() -> None:
     # a shell has what it starts in the background ignore this; so would what is started here
