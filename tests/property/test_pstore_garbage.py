@@ -73,7 +73,7 @@ def test_any_geometry_is_laid_out_or_refused(parameters: dict[str, int]) -> None
 def test_mutated_region_of_a_kernel_is_read_repaired_and_written_or_refused(
     name: str, tmp_path: Path
 ) -> None:
-    survive_mutants(name, range(4), tmp_path)
+    survive_mutants(name, range(6), tmp_path)
 
 
 @pytest.mark.slow

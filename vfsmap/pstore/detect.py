@@ -58,6 +58,18 @@ class Site(NamedTuple):
 
 
 Sites = dict[int, Site]
+
+
+class _Explanation(NamedTuple):
+    sites: Sites
+    judge: "_Judge"
+    geometry: Geometry | None
+
+    def marks(self) -> tuple[int, ...]:
+        """Return what it is worth; the larger the better."""
+        return self.judge(self.geometry) if self.geometry else (-(1 << 62),)
+
+
 Sizes = tuple[tuple[Kind, int], ...]
 
 
@@ -70,9 +82,6 @@ class _Layout(NamedTuple):
 def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
     """Return the geometry of the region at the start of a buffer.
 
-    An ftrace zone that has no others beside it is known by its header alone: where that is spoilt,
-    another geometry may be found, or none.
-
     Raises:
         Damaged: no ramoops region is there, or nothing explains what is.
     """
@@ -80,9 +89,7 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
     known = find_geometry(region)
     if known and _stands(region, known):
         return known
-    sites = _find_sites(region)
-    judge = _Judge(region, sites)
-    best = max(_guess(region, sites), key=judge, default=known)
+    sites, judge, best = max(_explain(region, known), key=_Explanation.marks)
     if known and best and judge(known)[0] >= judge(best)[0]:
         return known
     if best is None or 4 * judge(best)[1] < 3 * len(best.places):
@@ -95,6 +102,40 @@ def detect(buffer: bytes | bytearray | memoryview) -> Geometry:
             " damaged; give its geometry"
         )
     return replace(best, ecc=_detect_ecc(region, best))
+
+
+def _explain(region: memoryview, known: Geometry | None) -> Iterator["_Explanation"]:
+    """Yield the best explanation of what is found, and of that with one ftrace zone more."""
+    found = _find_sites(region)
+    for sites in (found, *_with_lone_trace(region, found)):
+        judge = _Judge(region, sites)
+        best = max(_guess(region, sites), key=judge, default=known)
+        yield _Explanation(sites, judge, best)
+
+
+def _with_lone_trace(region: memoryview, sites: Sites) -> Iterator[Sites]:
+    """Yield the sites and a place that, but for a byte, looks like the only ftrace zone.
+
+    Its signature depends on the kernel that wrote it, so nothing else tells which byte is wrong.
+    """
+    if any(site.traced for site in sites.values()):
+        return
+    behind = {at + (1 << shift) for at in sites for shift in range(9, len(region).bit_length())}
+    looks = 0
+    for at in sorted(behind.difference(sites)):
+        head = bytes(region[at : at + HEADER])
+        if len(head) == HEADER and _is_nearly_traced(head, len(region)):
+            site = Site(head[:4], traced=True, size=0, begins=b"")
+            yield {**sites, at: site}
+            looks += 1
+            if looks == _MOST_LEFT:
+                return
+
+
+def _is_nearly_traced(head: bytes, length: int) -> bool:
+    start, size = (int.from_bytes(head[at : at + 4], "little") for at in (4, 8))
+    high, last = 0x40 <= head[2] <= 0x5F, head[3] == _PLAIN[3]
+    return (high and last) or ((high or last) and start <= size and 0 < size < length)
 
 
 def _stands(region: memoryview, geometry: Geometry) -> bool:
