@@ -19,7 +19,7 @@ import pytest
 from vfsmap.errors import Invalid
 from vfsmap.testing.posix import STRANGER, as_user, refused
 from vfsmap.testing.serve import Server, served
-from vfsmap.testing.waiting import wait_until
+from vfsmap.testing.waiting import WHENEVER, wait_until, wake_up_limit
 from vfsmap_fuse.mount import MountOptions
 
 NOBODY = pwd.getpwnam("nobody").pw_uid
@@ -159,6 +159,32 @@ def test_without_busy_polling_everything_is_the_same(place: tuple[Path, Path]) -
         before = fill(place[1])
         assert content(place[1]) == before
         assert server.stop() == 0
+
+
+def keep_busy(mountpoint: Path) -> int:
+    """Make some requests in quick succession; return how fast idle processors wake then."""
+    for number in range(50):
+        (mountpoint / f"busy-{number}").touch()
+        (mountpoint / f"busy-{number}").unlink()
+    return wake_up_limit()
+
+
+def test_idle_processors_wake_at_once_while_requests_come_and_no_longer(
+    place: tuple[Path, Path],
+) -> None:
+    with served(*place) as server:
+        wait_until(lambda: wake_up_limit() == WHENEVER)
+        wait_until(lambda: keep_busy(place[1]) == 0)
+        wait_until(lambda: wake_up_limit() == WHENEVER)
+        wait_until(lambda: keep_busy(place[1]) == 0)
+        server.kill()
+        wait_until(lambda: wake_up_limit() == WHENEVER)
+
+
+def test_without_busy_polling_processors_sleep_as_they_like(place: tuple[Path, Path]) -> None:
+    with served(*place, "nobusypoll"):
+        wait_until(lambda: wake_up_limit() == WHENEVER)  # what other mounts wanted is over
+        assert {keep_busy(place[1]) for _ in range(20)} == {WHENEVER}
 
 
 def test_a_read_only_mount_changes_nothing(place: tuple[Path, Path]) -> None:

@@ -9,7 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from vfsmap_fuse.poll import Turnstile, Watch, busy_polling
+from vfsmap.testing.waiting import WHENEVER, wake_up_limit
+from vfsmap_fuse.poll import LatencyRequest, Turnstile, Watch, busy_polling
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make such requests")
 
 
 @pytest.fixture
@@ -134,6 +137,50 @@ async def test_a_free_turnstile_is_passed_without_giving_way() -> None:
         nursery.start_soon(other)
         async with turnstile:
             assert turns == 0
+
+
+@needs_root
+def test_the_kernel_knows_of_a_latency_request_until_it_is_withdrawn_or_closed() -> None:
+    request = LatencyRequest()
+    assert (request.can_be_made, request.made) == (True, False)
+    for end in (request.withdraw, request.close):
+        request.make()
+        assert (request.can_be_made, request.made) == (False, True)
+        assert wake_up_limit() == 0
+        end()
+        assert not request.made
+        assert wake_up_limit() == WHENEVER
+    assert not request.can_be_made
+    request.close()
+
+
+def test_without_permission_no_latency_request_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LatencyRequest, "DEVICE", "/dev/none")
+    request = LatencyRequest()
+    assert (request.can_be_made, request.made) == (False, False)
+    request.close()
+
+
+@needs_root
+async def test_processors_wake_at_once_from_quick_requests_until_a_while_after_the_last(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    watch = Watch(ours.fileno())
+    theirs.send(b"x")  # nobody reads it, so there always is a request
+    assert wake_up_limit() == WHENEVER
+    with trio.fail_after(60):
+        while wake_up_limit():
+            await watch.readable()
+    ours.recv(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.readable)
+        with trio.fail_after(60):
+            while not wake_up_limit():
+                await trio.lowlevel.checkpoint()
+        theirs.send(b"x")
+    assert wake_up_limit() == WHENEVER
+    watch.forget()
 
 
 def test_the_stand_in_goes_when_the_block_ends() -> None:
