@@ -64,7 +64,7 @@ class FollowingOperations(Operations):
     def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
         """Return a handle; pages that the kernel has from before may be old, unless sealed."""
         fh = next(self._numbers)
-        self._files[fh] = Handle(inode.ino, flags, cached_writer=False)
+        self._files[fh] = Handle(inode.ino, flags, cached=True)
         return FileInfo(fh=fh, keep_cache=inode.sealed)
 
 

@@ -46,17 +46,21 @@ _DOT, _DOTDOT = 1, 2  # the cookies of "." and ".."; the file system's own are l
 _TURNS: Final = 4  # to wake another worker, have it find the descriptor readable, and read it
 _READ_AGAIN: Final = MIB
 _UNCACHED: Final = os.O_DIRECT | os.O_DSYNC
+_CAPABILITY: Final = b"security.capability"
 Sync = Callable[[], Awaitable[None]]
 
 
 class Handle:
     """An open file."""
 
-    __slots__ = ("by_root", "cached_writer", "ino", "member", "noatime")
+    __slots__ = ("by_root", "cached", "durable", "ino", "member", "noatime", "writer")
 
-    def __init__(self, ino: int, flags: int, *, cached_writer: bool) -> None:
+    def __init__(self, ino: int, flags: int, *, cached: bool) -> None:
         self.ino = ino
-        self.cached_writer = cached_writer
+        self.cached = cached
+        self.writer = flags & os.O_ACCMODE != os.O_RDONLY
+        self.durable = bool(flags & os.O_DSYNC) and not cached
+        """Whether each write is to be durable; of cached ones the kernel takes care."""
         self.noatime = bool(flags & os.O_NOATIME)
         self.by_root = False
         self.member = False
@@ -236,8 +240,7 @@ class Operations(pyfuse3.Operations):
     def forget_all(self) -> None:
         """Forget what the kernel knows and has open; it is gone."""
         for handle in self._files.values():
-            if handle.cached_writer:
-                self.fs.drop(handle.ino, cached_writer=True)
+            self._end_writer(handle)
         self._files.clear()
         self._known.clear()
         self._forgotten += self._held
@@ -346,11 +349,10 @@ class Operations(pyfuse3.Operations):
         """
         ino = inode.ino
         direct = flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino)
-        cached_writer = not direct and flags & os.O_ACCMODE != os.O_RDONLY
-        if cached_writer:
-            self.fs.hold(ino, cached_writer=True)
         fh = next(self._numbers)
-        handle = self._files[fh] = Handle(ino, flags, cached_writer=cached_writer)
+        handle = self._files[fh] = Handle(ino, flags, cached=not direct)
+        if handle.cached and handle.writer:
+            self.fs.hold(ino, cached_writer=True)
         handle.by_root = ctx.uid == 0
         handle.member = bool(inode.mode & stat.S_ISGID) and is_member(inode, ctx)
         keep_cache = not (direct or self._must_see_reads(inode, flags))
@@ -370,19 +372,27 @@ class Operations(pyfuse3.Operations):
     @answered_later
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Store bytes."""
+        handle = self._files[fh]
         try:
-            return self._write(fh, off, buf)
+            written = self._write(handle, off, buf)
         except NoSpace:
             if not self._held:
                 raise
             await self._let_forget()
-            return self._write(fh, off, buf)
+            written = self._write(handle, off, buf)
+        if handle.durable:
+            await self._durable()
+        return written
 
-    def _write(self, fh: int, off: int, buf: bytes) -> int:
-        """Store bytes; set-user-ID goes when the file was not opened by root."""
+    def _write(self, handle: Handle, off: int, buf: bytes) -> int:
+        """Store bytes; set-user-ID goes when the file was not opened by root, capabilities always.
+
+        Where the kernel caches, it takes the capabilities away itself.
+        """
         self._writes.moved += len(buf)
-        handle = self._files[fh]
         inode = self.fs.get(handle.ino)
+        if not (handle.cached or inode.sealed) and self.fs.has_xattr(inode.ino, _CAPABILITY):
+            self.fs.removexattr(inode.ino, _CAPABILITY)
         if handle.by_root or not is_privileged(inode):
             return self.fs.write(handle.ino, off, buf)
         mode = disarmed(inode.mode, member=handle.member)
@@ -394,7 +404,10 @@ class Operations(pyfuse3.Operations):
     def release(self, fh: int) -> None:
         """Close a file."""
         handle = self._files.pop(fh)
-        if handle.cached_writer:
+        self._end_writer(handle)
+
+    def _end_writer(self, handle: Handle) -> None:
+        if handle.cached and handle.writer:
             self.fs.drop(handle.ino, cached_writer=True)
 
     @answered_later

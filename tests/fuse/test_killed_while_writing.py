@@ -1,14 +1,19 @@
 """A real mount whose server is killed under eight writers; the whole is ``make test-kill``."""
 
+import errno
+import mmap
+import os
 import stat
 
 import pytest
 
 from vfsmap.testing.commands import served_pool
 from vfsmap.testing.killing import MEDIA, opened, run
-from vfsmap.testing.media import tmpfs
+from vfsmap.testing.media import ext4_loop, tmpfs
+from vfsmap.testing.posix import refused
 from vfsmap.testing.trees import Node, Record, Tree, observe
 from vfsmap.testing.writing import Writer
+from vfsmap.units import PTE
 
 FILE = stat.S_IFREG | 0o600
 
@@ -19,6 +24,27 @@ def test_what_was_finished_is_there_after_every_kill_and_nothing_else_is_left(me
     assert tally.failures == []
     assert tally.rounds == 3
     assert tally.operations > 0
+
+
+@pytest.mark.parametrize("flags", [os.O_SYNC, os.O_DSYNC, os.O_DSYNC | os.O_DIRECT])
+@pytest.mark.parametrize("access", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND])
+def test_a_synchronous_write_is_there_after_a_kill_however_the_file_was_opened(
+    access: int, flags: int
+) -> None:
+    with (
+        ext4_loop("64M") as place,
+        served_pool(place, "32M") as server,
+        mmap.mmap(-1, PTE.size) as page,
+    ):
+        page.write(b"written")
+        path = server.directory / "it"
+        fd = os.open(path, os.O_CREAT | access | flags)
+        assert os.write(fd, page) == PTE.size
+        server.kill()
+        with refused(errno.ENOTCONN, errno.ECONNABORTED):
+            os.close(fd)
+        server.mount()
+        assert path.read_bytes() == page[:]
 
 
 def tree(**contents: bytes) -> Tree:

@@ -126,13 +126,17 @@ def test_many_attributes_are_listed_and_go_with_their_file(here: Path) -> None:
     assert os.listxattr("it") == []
 
 
-def test_capabilities_go_when_the_file_is_written(here: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_DIRECT | os.O_DSYNC]
+)
+def test_capabilities_go_when_the_file_is_written(here: Path, flags: int) -> None:
     Path("it").write_bytes(b"x")
     capability = bytes.fromhex("01000002 00200000 00000000 00000000 00000000")
     os.setxattr("it", "security.capability", capability)
     assert os.getxattr("it", "security.capability") == capability
-    with Path("it").open("ab") as file:
-        file.write(b"y")
+    fd = os.open("it", flags)
+    os.write(fd, b"y")
+    os.close(fd)
     with refused(errno.ENODATA):
         os.getxattr("it", "security.capability")
 

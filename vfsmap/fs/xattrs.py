@@ -31,6 +31,10 @@ class Xattrs(State):
         at = RECORD.size + XATTR.size + name_length
         return rec[at : at + value_length]
 
+    def has_xattr(self, ino: int, name: bytes) -> bool:
+        """Tell whether an inode has an attribute."""
+        return name in self._xattrs.get(ino, ())
+
     def listxattr(self, ino: int) -> list[bytes]:
         """Return the names of an inode's attributes."""
         self.get(ino)
