@@ -74,13 +74,34 @@ def remove(path: str) -> None:
 
 
 def abort(directory: str, told: bytes) -> None:
-    """End the connection of a server that waits for itself, so that it can die."""
+    """End the connection of a server that waits for itself, so that it can die.
+
+    What somebody else has mounted there meanwhile stays.
+    """
+    connection = told.decode().strip()
     if os.geteuid() == 0:
-        _unmount(directory)
+        if connection in ("", _top_mount(directory)):
+            _unmount(directory)
         return
     with suppress(OSError):  # where the control files are not mounted, it stays
-        name = f"/sys/fs/fuse/connections/{told.decode().strip()}/abort"
-        os.write(os.open(name, os.O_WRONLY), b"1")
+        control = os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY)
+        try:
+            os.write(control, b"1")
+        finally:
+            os.close(control)
+
+
+def _top_mount(directory: str) -> str:
+    """Return the minor number of the device mounted on a directory last, which hides the others."""
+    for character in "\\ \t\n":  # as the kernel writes them
+        directory = directory.replace(character, f"\\{ord(character):03o}")
+    minor = ""
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:  # noqa: PTH123 pathlib costs memory
+        for line in mounts:
+            fields = line.split(" ")
+            if fields[4] == directory:
+                minor = fields[2].partition(":")[2]
+    return minor
 
 
 def _has_memory(server: int) -> bool:

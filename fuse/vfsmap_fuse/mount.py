@@ -167,6 +167,7 @@ class Keeper:
     def __init__(self, mountpoint: Path, socket: Path | None) -> None:
         """Start it."""
         self._process: subprocess.Popen[bytes] | None = None
+        self._mountpoint = mountpoint
         arguments = [str(os.getpid()), os.path.realpath(mountpoint)]
         arguments.append(str(socket.absolute()) if socket else "")
         try:
@@ -187,8 +188,14 @@ class Keeper:
         self._tell(b"%d\n" % os.minor(device))
 
     def close(self) -> None:
-        """Have it end: there is no mount any more, or never was."""
-        self._tell(keeper.END)
+        """Have it end: there is no mount any more, or never was.
+
+        Of a connection that was ended by its control file libfuse leaves the mount behind, and so
+        that is what the process has to take away.
+        """
+        with suppress(OSError):
+            os.statvfs(self._mountpoint)
+            self._tell(keeper.END)
         if self._process:
             self._process.communicate()
 

@@ -4,6 +4,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +22,9 @@ from vfsmap.testing.commands import served_pool
 from vfsmap.testing.commands import vfsmap as vfsmap_command
 from vfsmap.testing.killing import Arena, arena, be_server
 from vfsmap.testing.media import tmpfs
+from vfsmap.testing.posix import STRANGER
 from vfsmap.testing.waiting import wait_until
+from vfsmap_fuse import keeper
 from vfsmap_fuse.operations import Operations
 from vfsmap_tools.mounts import find_mount
 
@@ -130,6 +133,55 @@ def test_a_keeper_that_is_asked_to_end_with_its_server_takes_the_mount_away_firs
         os.kill(pid, signal.SIGKILL)
         for child in map(int, children):
             os.kill(child, signal.SIGTERM)
+        wait_until(lambda: find_mount(server.directory) is None)
+
+
+def test_a_keeper_ends_its_own_mount_and_not_one_that_was_made_over_it() -> None:
+    with tmpfs() as place:
+        directory = place / "a \\ directory"
+        directory.mkdir()
+        minors = [os.minor(place.stat().st_dev)]
+        for _ in range(2):
+            subprocess.run(["mount", "-t", "tmpfs", "vfsmap-test", directory], check=True)
+            minors.append(os.minor(directory.stat().st_dev))
+
+        def minor_after_abort(told: int) -> int:
+            keeper.abort(str(directory), b"%d\n" % told)
+            return os.minor(directory.stat().st_dev)
+
+        try:
+            assert minor_after_abort(minors[1]) == minors[2]
+            assert minor_after_abort(minors[2]) == minors[1]
+            assert minor_after_abort(minors[2]) == minors[1]
+            assert minor_after_abort(minors[1]) == minors[0]
+        finally:
+            while directory.is_mount():
+                subprocess.run(["umount", directory], check=True)
+
+
+@pytest.fixture
+def control_files() -> Iterator[None]:
+    """Mount the kernel's control files of FUSE connections, as systemd does."""
+    where = Path("/sys/fs/fuse/connections")
+    there = where.is_mount()
+    if not there:
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", where], check=True)
+    yield
+    if not there:
+        subprocess.run(["umount", where], check=True)
+
+
+@pytest.mark.usefixtures("control_files")
+def test_a_connection_that_a_user_s_keeper_ends_leaves_neither_mount_nor_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with tmpfs() as place, served_pool(place, "64M") as server:
+        connection = os.minor(server.directory.stat().st_dev)
+        before = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: STRANGER)
+            keeper.abort(str(server.directory), b"%d\n" % connection)
+        assert os.listdir("/proc/self/fd") == before
         wait_until(lambda: find_mount(server.directory) is None)
 
 
