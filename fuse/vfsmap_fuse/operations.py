@@ -58,7 +58,8 @@ class Handle:
     def __init__(self, ino: int, flags: int, *, cached: bool) -> None:
         self.ino = ino
         self.cached = cached
-        self.writer = flags & os.O_ACCMODE != os.O_RDONLY
+        self.writer = flags & os.O_ACCMODE != os.O_RDONLY and flags & _UNCACHED != _UNCACHED
+        """Whether it counts as open for writing; where it serves a window, the lease counts."""
         self.durable = bool(flags & os.O_DSYNC) and not cached
         """Whether each write is to be durable; of cached ones the kernel takes care."""
         self.noatime = bool(flags & os.O_NOATIME)
@@ -341,18 +342,30 @@ class Operations(pyfuse3.Operations):
             and self.fs.is_atime_due(inode, time.time_ns())
         )
 
-    def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
-        """Return a handle: an uncached one while windows may store to the file.
+    def _is_uncached(self, ino: int, flags: int) -> bool:
+        """Tell whether a descriptor passes the page cache by.
 
-        O_DIRECT alone does not make one: such a descriptor may still be mapped, and then it has
-        dirty pages.  Together with O_DSYNC it does.
+        It does while windows may store to the file.  O_DIRECT alone does not make it (decision
+        0020): such a descriptor may still be mapped, and then it has dirty pages.  One that only
+        writes can't be mapped, and what it writes is in the pool anyway (decision 0024): the cache
+        would keep a second copy.  But a shared map of another descriptor may be dirty in the same
+        page; and who appends trusts the kernel to know the size.
         """
+        if flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino):
+            return True
+        only_writes = flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
+        return (
+            only_writes and not self.enable_writeback_cache and not self.fs.has_cached_writer(ino)
+        )
+
+    def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
+        """Return a handle."""
         ino = inode.ino
-        direct = flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino)
+        direct = self._is_uncached(ino, flags)
         fh = next(self._numbers)
         handle = self._files[fh] = Handle(ino, flags, cached=not direct)
-        if handle.cached and handle.writer:
-            self.fs.hold(ino, cached_writer=True)
+        if handle.writer:
+            self.fs.hold(ino, writer=True, cached=handle.cached)
         handle.by_root = ctx.uid == 0
         handle.member = bool(inode.mode & stat.S_ISGID) and is_member(inode, ctx)
         keep_cache = not (direct or self._must_see_reads(inode, flags))
@@ -407,8 +420,8 @@ class Operations(pyfuse3.Operations):
         self._end_writer(handle)
 
     def _end_writer(self, handle: Handle) -> None:
-        if handle.cached and handle.writer:
-            self.fs.drop(handle.ino, cached_writer=True)
+        if handle.writer:
+            self.fs.drop(handle.ino, writer=True, cached=handle.cached)
 
     @answered_later
     async def fsync(self, fh: int, datasync: bool) -> None:

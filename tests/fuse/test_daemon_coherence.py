@@ -20,6 +20,7 @@ from vfsmap.pmem import libc
 from vfsmap.pmem.pages import page_sizes
 from vfsmap.testing.commands import Server, served_pool
 from vfsmap.testing.media import tmpfs
+from vfsmap.testing.posix import refused
 from vfsmap.testing.users import as_user
 from vfsmap.units import KIB, MIB, PMD, PTE
 
@@ -123,6 +124,25 @@ def test_a_writable_window_is_refused_while_a_cached_writer_has_the_file_open(
         vfsmap.map(path, writable=True)
     with vfsmap.map(path, writable=True):
         pass
+
+
+def test_a_writable_window_is_granted_while_somebody_only_writes_and_sealing_is_not(
+    server: Server,
+) -> None:
+    path = server.directory / "written"
+    fill(path, 64 * KIB)
+    with path.open("ab") as appending, pytest.raises(Busy, match="cache"):
+        vfsmap.map(path, writable=True)
+    assert appending.closed
+    fd = os.open(path, os.O_WRONLY)
+    with vfsmap.map(path, writable=True) as window:
+        os.pwrite(fd, b"write", 100)
+        window.view()[105:110] = b"store"
+        assert path.read_bytes()[100:110] == b"writestore"
+    with refused(errno.EBUSY):
+        os.setxattr(path, "user.vfsmap.seal", b"1")
+    os.close(fd)
+    os.setxattr(path, "user.vfsmap.seal", b"1")
 
 
 def test_opens_are_uncached_and_a_shared_mmap_fails_while_a_writable_window_exists(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vfsmap.testing.posix import refused
-from vfsmap.testing.serve import Server
+from vfsmap.testing.serve import Server, served
 
 UNCACHED = os.O_DIRECT | os.O_DSYNC
 SIZE = 8192
@@ -99,19 +99,62 @@ def test_after_a_lease_new_readers_are_cached_again_and_right(window: Window) ->
 def test_a_cached_writer_is_known_until_its_last_descriptor_and_map_are_gone(
     window: Window,
 ) -> None:
-    def cached_writers() -> int:
+    def writers() -> tuple[int, int]:
         use = window.server.call("use", window.ino)
-        assert isinstance(use["cached_writers"], int)
-        return use["cached_writers"]
+        return use["cached_writers"], use["writers"]
 
-    with opened(os.O_RDONLY), opened(os.O_RDONLY | os.O_DIRECT), opened(os.O_RDWR | UNCACHED):
-        assert cached_writers() == 0
-    with opened(os.O_WRONLY), opened(os.O_RDWR | os.O_DIRECT):
-        assert cached_writers() == 2
+    with opened(os.O_RDONLY), opened(os.O_RDONLY | os.O_DIRECT):
+        assert writers() == (0, 0)
+    with opened(os.O_WRONLY), opened(os.O_RDWR | UNCACHED):
+        assert writers() == (0, 1)
+    with opened(os.O_RDWR), opened(os.O_RDWR | os.O_DIRECT), opened(os.O_WRONLY | os.O_APPEND):
+        assert writers() == (3, 3)
     with opened(os.O_RDWR) as fd:
         view = mmap.mmap(os.dup(fd), SIZE)
-    assert cached_writers() == 1
+    assert writers() == (1, 1)
     view.close()
+
+
+def test_who_only_writes_is_cached_while_a_shared_map_may_be_dirty(window: Window) -> None:
+    def cached_writers() -> int:
+        count = window.server.call("use", window.ino)["cached_writers"]
+        assert isinstance(count, int)
+        return count
+
+    with opened(os.O_RDWR) as fd, mmap.mmap(fd, SIZE) as view, opened(os.O_WRONLY) as writer:
+        assert cached_writers() == 2
+        view[:5] = b"store"
+        os.pwrite(writer, b"write", 5)
+        assert view[:11] == b"storewrite."
+    assert Path("it").read_bytes()[:11] == b"storewrite."
+
+
+def test_readers_and_their_maps_see_at_once_what_somebody_writes_past_the_cache(
+    window: Window,
+) -> None:
+    with opened(os.O_RDONLY) as fd, opened(os.O_WRONLY) as writer:
+        with mmap.mmap(fd, SIZE, prot=mmap.PROT_READ) as view:
+            for number in range(100):
+                word = b"%05d" % number
+                place = number * 79
+                assert view[place] == ord(".")
+                os.pwrite(writer, word, place)
+                assert view[place : place + 5] == word
+                assert os.pread(fd, 5, place) == word
+                os.pwrite(writer, b".....", place)
+        os.ftruncate(writer, 10)
+        assert os.pread(fd, SIZE, 0) == b"." * 10
+        os.pwrite(writer, b"end", 20)
+        assert os.pread(fd, SIZE, 0) == b"." * 10 + bytes(10) + b"end"
+        assert os.fstat(fd).st_size == 23
+
+
+def test_with_writeback_who_only_writes_is_cached(place: tuple[Path, Path]) -> None:
+    with served(*place, "writeback") as server:
+        file = place[1] / "it"
+        with file.open("wb") as opened:
+            use = server.call("use", os.fstat(opened.fileno()).st_ino)
+            assert (use["cached_writers"], use["writers"]) == (1, 1)
 
 
 def test_an_uncached_descriptor_can_not_be_mapped_shared(window: Window) -> None:

@@ -251,11 +251,11 @@ def test_a_writable_lease_is_refused_while_the_file_has_a_cached_writer(
         running.client() as client,
         opened(shown, os.O_RDWR) as fd,
     ):
-        running.run(lambda: fs.hold(ino, cached_writer=True))
+        running.run(lambda: fs.hold(ino, writer=True, cached=True))
         with pytest.raises(Busy, match="through the mount's cache"):
             client.call("Map", (fd,), file=0, writable=True)
         map_it(client, (fd,), file=0)
-        running.run(lambda: fs.drop(ino, cached_writer=True))
+        running.run(lambda: fs.drop(ino, writer=True, cached=True))
         map_it(client, (fd,), file=0, writable=True)
 
 

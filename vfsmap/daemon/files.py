@@ -111,7 +111,7 @@ def require_uncached(fs: FileSystem, ino: int) -> None:
     Raises:
         Busy: the file is open for writing through the cache.
     """
-    if fs.use(ino).cached_writers:
+    if fs.has_cached_writer(ino):
         raise Busy(
             "the file is open for writing through the mount's cache: close it first, or open it "
             "with O_DIRECT and O_DSYNC"

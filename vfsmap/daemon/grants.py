@@ -75,7 +75,7 @@ class Grants:
         """Tell whether nothing has to be written back, allocated or moved."""
         fs = self._fs
         inode = fs.file(ino)
-        if fs.use(ino).cached_writers:
+        if fs.has_cached_writer(ino):
             return False
         end = inode.size if length is None else offset + length
         return (
@@ -100,7 +100,7 @@ class Grants:
         if writable:
             require_uncached(fs, ino)
         # without a cached writer there is no dirty page
-        if fd is not None and fs.use(ino).cached_writers:
+        if fd is not None and fs.has_cached_writer(ino):
             try:
                 await trio.to_thread.run_sync(os.fsync, fd)
             except OSError as exc:

@@ -25,7 +25,7 @@ class Seals(State):
         inode = self.file(ino)
         if inode.sealed:
             raise Exists(f"inode {ino} is sealed already")
-        if self.use(ino).cached_writers or self.has_writable_lease(ino):
+        if self.use(ino).writers or self.has_writable_lease(ino):
             raise Busy(f"inode {ino} is open for writing: close it, then seal it")
         return inode
 

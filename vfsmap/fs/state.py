@@ -53,13 +53,16 @@ BATCH_PIECES: Final = 1000
 
 
 class Use:
-    """Who keeps an inode: open handles and kernel references, cached writers, leases."""
+    """Who keeps an inode: open handles and kernel references, writers, leases."""
 
-    __slots__ = ("cached_writers", "holds", "pins", "writable_pins")
+    __slots__ = ("cached_writers", "holds", "pins", "writable_pins", "writers")
 
     def __init__(self) -> None:
         self.holds = 0
+        self.writers = 0
+        """Open handles that write through the mount."""
         self.cached_writers = 0
+        """Those of them through which the kernel may have dirty pages."""
         self.pins: dict[int, Pin] = {}
         self.writable_pins = 0
         """How many leases may store into the file."""
@@ -343,15 +346,16 @@ class State:
         """Return who uses an inode."""
         return self._uses.get(ino) or Use()
 
-    def hold(self, ino: int, *, cached_writer: bool = False) -> None:
+    def hold(self, ino: int, *, writer: bool = False, cached: bool = False) -> None:
         """Keep an inode even when its last name goes: an open handle, or a kernel reference."""
         use = self._uses.get(ino)
         if use is None:
             use = self._uses[ino] = Use()
         use.holds += 1
-        use.cached_writers += cached_writer
+        use.writers += writer
+        use.cached_writers += writer and cached
 
-    def drop(self, ino: int, *, cached_writer: bool = False, count: int = 1) -> None:
+    def drop(self, ino: int, *, writer: bool = False, cached: bool = False, count: int = 1) -> None:
         """End ``count`` holds; the last one ends an inode that has no name.
 
         Crash: an inode without a name ends when the pool is opened next.
@@ -360,7 +364,8 @@ class State:
         if use is None or use.holds < count:
             raise Invalid(f"inode {ino} is not held so often")
         use.holds -= count
-        use.cached_writers -= cached_writer
+        use.writers -= writer
+        use.cached_writers -= writer and cached
         if self._is_unused(ino, use):
             self.end_inode(ino)
 
@@ -402,6 +407,11 @@ class State:
             self._clean_tails.discard(pin.ino)
         if self._is_unused(pin.ino, use):
             self.end_inode(pin.ino)
+
+    def has_cached_writer(self, ino: int) -> bool:
+        """Tell whether the kernel may have dirty pages of a file."""
+        use = self._uses.get(ino)
+        return use is not None and use.cached_writers > 0
 
     def has_writable_lease(self, ino: int) -> bool:
         """Tell whether windows may store into a file, after asking whether they are gone."""

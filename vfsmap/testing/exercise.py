@@ -138,9 +138,9 @@ class Group:
     def _leases(self, ino: int, *, writable: bool = False) -> list[Mapped]:
         return [w for w in self._windows.values() if w.ino == ino and w.writable >= writable]
 
-    def _has_cached_writer(self, ino: int) -> bool:
+    def _has_writer(self, ino: int, *, cached: bool = False) -> bool:
         files = self._files.values()
-        return any(file.ino == ino and file.cached and file.writable for file in files)
+        return any(f.ino == ino and f.writable and f.cached >= cached for f in files)
 
     def _cutting(self, ino: int, old: int, new: int) -> int | None:
         """Return the errno that setting a file's size ends with on the pool alone; 0: none.
@@ -185,7 +185,10 @@ class Group:
         if error is None:
             return None
         slot, worker = next(self._slots), self._worker()
-        cached = not self._leases(ino, writable=True)
+        only_writes = flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
+        cached = not self._leases(ino, writable=True) and (
+            not only_writes or self._has_writer(ino, cached=True)
+        )
 
         def then(opened: int) -> None:
             self._files[slot] = Open(worker, opened, writable, cached)
@@ -251,7 +254,7 @@ class Group:
         error = 0
         if writable and ino in self._sealed:
             error = errno.EPERM
-        elif writable and self._has_cached_writer(ino):
+        elif writable and self._has_writer(ino, cached=True):
             error = errno.EBUSY
         slot, worker = next(self._slots), self._worker()
 
@@ -296,7 +299,7 @@ class Group:
         error = 0
         if ino in self._sealed:
             error = errno.EEXIST
-        elif self._has_cached_writer(ino) or self._leases(ino, writable=True):
+        elif self._has_writer(ino) or self._leases(ino, writable=True):
             error = errno.EBUSY
         then = lambda _: self._sealed.add(ino)  # noqa: E731
         return Draw(self._worker(), Order("seal", (name,), error or None), then)
