@@ -20,7 +20,8 @@ from vfsmap.errors import (
     Unsupported,
 )
 from vfsmap.pmem import Pmem, libc, pages, pmem
-from vfsmap.pmem.pmem import libpmem
+from vfsmap.pmem.medium import Medium
+from vfsmap.pmem.pmem import STREAMED, libpmem
 from vfsmap.testing import media
 from vfsmap.testing.pools import FLUSHED, GROUPED, STORED, open_pmem, scratch
 from vfsmap.testing.users import as_user
@@ -205,6 +206,9 @@ class Library:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int] | str] = []
 
+    def pmem_memcpy(self, target: int, source: int, length: int, flags: int) -> None:
+        self.calls.append("memcpy")
+
     def pmem_flush(self, address: int, length: int) -> None:
         self.calls.append((address, length))
 
@@ -238,6 +242,42 @@ def test_a_dax_medium_is_synced_by_the_kernel_where_there_is_no_libpmem(
     pmem.persist(5000, 10)
     pmem.close()
     assert asked == [(5000, 10)]
+
+
+@pytest.mark.parametrize("medium", [FLUSHED, STORED], ids=["dax", "tmpfs"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_large_stores_leave_the_same_bytes_with_libpmem_and_without(
+    file: Path, monkeypatch: pytest.MonkeyPatch, medium: Medium, installed: bool
+) -> None:
+    if not installed:
+        monkeypatch.setattr("vfsmap.pmem.pmem.libpmem", lambda: None)
+    data = bytes(range(256)) * (STREAMED // 256 + 1)
+    pmem = open_pmem(file, medium)
+    wanted = bytearray(pmem.size)
+    for kind in (bytes, bytearray, memoryview):
+        for offset, length in ((0, STREAMED), (4097, STREAMED + 3), (MIB - STREAMED, STREAMED)):
+            piece = kind(data[offset % 7 :][:length])
+            pmem.store(offset, piece)
+            wanted[offset : offset + length] = piece
+            assert pmem.view == wanted
+    for offset in (MIB - STREAMED + 1, MIB + 1, -1):
+        with pytest.raises(ValueError, match=r"exceed|different"):
+            pmem.store(offset, data[:STREAMED])
+    assert pmem.view == wanted
+    pmem.close()
+
+
+def test_a_large_store_passes_the_caches_by_and_a_small_one_does_not(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Library()
+    monkeypatch.setattr("vfsmap.pmem.pmem.libpmem", lambda: library)
+    pmem = open_pmem(file, STORED)
+    pmem.store(0, bytes(STREAMED - 1))
+    assert library.calls == []
+    pmem.store(0, bytes(STREAMED))
+    assert library.calls == ["memcpy"]
+    pmem.close()
 
 
 def test_the_real_libpmem_flushes_a_mapping(file: Path) -> None:
