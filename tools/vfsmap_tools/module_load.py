@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +41,33 @@ _MOST_TOLD = 3
 _LARGEST = 64 << 20
 
 
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say for whom, and how guarded, images are loaded."""
+    for option in (pmsg_option, granularity_option, policy_option, host_option):
+        command = option(command)
+    return command
+
+
 @click.command("load")
 @click.argument("store", type=PATH, metavar="DST")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@host_option
-@policy_option
-@granularity_option
-@pmsg_option
+@_guarded
 @click.option("--hold", is_flag=True, help="Keep them loaded until interrupted.")
 @json_option
 @errors_exit
 def load(
     store: Path,
     images: tuple[str, ...],
-    host_path: Path | None,
-    policy: Policy,
-    granularity: Level,
-    log: Path | None,
     hold: bool,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Load images for a host, and tell what was mapped in place, copied and laid over.
 
     Without --host they are loaded for the host that they were bound to.  Images for user space are
     put at their own addresses, where their text can run.
     """
-    loader = _loader(existing(store), images[0], host_path, policy, granularity, log, run=True)
+    loader = _loader(existing(store), images[0], run=True, **how)
     reports = [loader.report(loaded) for loaded in [loader.load(name) for name in images]]
     if as_json:
         print_json([report._asdict() for report in reports])
@@ -150,10 +152,7 @@ def _bounded(content: bytes, text: str) -> bytes:
 @click.argument("image")
 @click.argument("key", required=False)
 @click.argument("state", type=click.Choice(["on", "off"]), required=False)
-@host_option
-@policy_option
-@granularity_option
-@pmsg_option
+@_guarded
 @json_option
 @errors_exit
 def toggle(
@@ -161,18 +160,15 @@ def toggle(
     image: str,
     key: str | None,
     state: str | None,
-    host_path: Path | None,
-    policy: Policy,
-    granularity: Level,
-    log: Path | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Switch the jump labels of a key on or off, through the guard.
 
     This is done in a process of its own, and tells what it takes.  KEY is a name or an address;
     without one, the image's keys are listed.
     """
-    loader = _loader(existing(store), image, host_path, policy, granularity, log)
+    loader = _loader(existing(store), image, **how)
     loaded = loader.load(image)
     keys = loaded.subject.keys()
     if key is None:
@@ -191,27 +187,21 @@ def toggle(
 @click.argument("store", type=PATH, metavar="DST")
 @click.argument("image")
 @click.argument("state", type=click.Choice(["on", "off"]))
-@host_option
-@policy_option
-@granularity_option
-@pmsg_option
+@_guarded
 @json_option
 @errors_exit
 def trace(
     store: Path,
     image: str,
     state: str,
-    host_path: Path | None,
-    policy: Policy,
-    granularity: Level,
-    log: Path | None,
     as_json: bool,
+    **how: Any,
 ) -> None:
     """Let each function of an image call the tracer, or leave it alone, through the guard.
 
     This is done in a process of its own, and tells what it takes.
     """
-    loader = _loader(existing(store), image, host_path, policy, granularity, log)
+    loader = _loader(existing(store), image, **how)
     loaded = loader.load(image)
     count = loader.trace(loaded, state == "on")
     _print_change(loaded.guard.overlaid, count, as_json)
@@ -220,13 +210,14 @@ def trace(
 def _loader(
     store: Store,
     image: str,
+    *,
     host_path: Path | None,
     policy: Policy,
     granularity: Level,
     log: Path | None,
-    *,
     run: bool = False,
 ) -> Loader:
+    """Return a loader for the host of a store's image; what is told comes from `_guarded`."""
     host = store.host(store.find(image)[0]) if host_path is None else Host.open(host_path)
     return Loader(
         store,
