@@ -271,13 +271,19 @@ def test_a_writer_that_is_killed_and_comes_back_is_followed(pair: Pair) -> None:
 
 def test_a_writer_that_is_killed_in_the_middle_of_its_work_is_followed(pair: Pair) -> None:
     for round_ in range(2):
+        followed = False
+        # the one that churns fails when the writer is killed
         with suppress(AssertionError), churn(pair, "open(f'f{n % 2000}', 'wb').write(b'%d' % n)"):
             wanted = len(os.listdir(pair.here)) + 30
+            # mypy gives a lambda's default no type
             pair.shows(lambda wanted=wanted: len(os.listdir(pair.here)) > wanted, within=10)  # type: ignore[misc]
+            followed = True
             pair.writer.kill()
+        assert followed
         pair.writer.mount()
         pair.has("after", b"%d" % round_)
         names = os.listdir(pair.there)
+        # mypy gives a lambda's default no type
         pair.shows(lambda names=names: sorted(os.listdir(pair.here)) == sorted(names))  # type: ignore[misc]
         for name in names[:200]:
             assert (pair.here / name).read_bytes() == (pair.there / name).read_bytes()
@@ -360,4 +366,5 @@ def test_a_pool_on_a_disk_is_followed_as_it_is_synced() -> None:
             with (pair.there / "file").open("wb") as file:
                 file.write(b"%d" % number * 100_000)
                 os.fsync(file.fileno())
+            # mypy gives a lambda's default no type
             pair.shows(lambda n=number: (pair.here / "file").read_bytes() == b"%d" % n * 100_000)  # type: ignore[misc]
