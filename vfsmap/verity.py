@@ -81,6 +81,7 @@ class Parameters(NamedTuple):
             name, _, value = word.partition("=")
             field = _FIELDS.get(name)
             try:
+                # None raises, and is caught
                 found[field[0]] = field[1](value)  # type: ignore[index]
             except (TypeError, ValueError):
                 raise Invalid(

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from inspect import isawaitable, unwrap
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar, TypeVarTuple, cast
 
 import trio
 from pyfuse3 import FileInfo, RequestContext
@@ -41,7 +41,7 @@ def _current(
         assert isinstance(self.fs, FollowedFileSystem)
         self.fs.refresh()
         result: Any = bare(self, *args)
-        return (await result) if isawaitable(result) else result  # type: ignore[no-any-return]
+        return cast("R", (await result) if isawaitable(result) else result)
 
     return answered_later(answer)
 

@@ -373,7 +373,7 @@ class Operations(pyfuse3.Operations):
 
     # pyfuse3 says bytes, and takes any buffer
     @answered
-    def read(  # type: ignore[override]
+    def read(  # type: ignore[override]  # pyfuse3 says bytes, and takes any buffer
         self, fh: int, off: int, size: int
     ) -> bytes | memoryview:
         """Return bytes of a file: where that is possible a view of the pool, copied by nobody."""

@@ -250,7 +250,7 @@ def test_refused_pokes_are_events_of_the_daemon_and_lines_of_pmsg(
     told = [event for event in itertools.islice(events, 12) if event["kind"] == "violation"]
     assert [event["detail"] for event in told] == lines[: len(told)]
     assert all(event["length"] == 5 for event in told)
-    events.close()  # type: ignore[attr-defined]
+    events.close()  # type: ignore[attr-defined]  # it is a generator
 
 
 def test_what_root_does_to_the_medium_behind_all_backs_is_told_by_the_digest(

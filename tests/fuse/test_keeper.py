@@ -49,7 +49,7 @@ def die_at_mounting(made: Arena, ready: Connection, *, mounted: bool) -> None:
             really(*arguments)
         die()
 
-    pyfuse3.init = init  # type: ignore[assignment]
+    pyfuse3.init = init  # type: ignore[assignment]  # it stands in for the real one
     be_server(made, ready)
 
 
@@ -61,7 +61,7 @@ def die_in_write(made: Arena, ready: Connection) -> None:
             die()
         return await really(self, fh, offset, data)
 
-    Operations.write = write  # type: ignore[method-assign]
+    Operations.write = write  # type: ignore[method-assign]  # it stands in for the real one
     be_server(made, ready)
 
 
@@ -76,7 +76,7 @@ def hold_a_file(made: Arena, ready: Connection) -> None:
             os.open(made.directory / "file", os.O_CREAT | os.O_RDWR)
             ready.send(None)
 
-    be_server(made, Held())  # type: ignore[arg-type]
+    be_server(made, Held())  # type: ignore[arg-type]  # only send() is called
 
 
 @pytest.mark.parametrize("mounted", [False, True])

@@ -59,6 +59,7 @@ def test_on_its_host_no_page_is_written_and_text_is_mapped_by_huge_entries(
     store: Store, policy: str
 ) -> None:
     where = host(f"{key_of(store)}max")
+    # a plain str is no Literal
     loader = Loader(store, where, vfsmap.map, policy=policy)  # type: ignore[arg-type]
     for name in (*where.modules, "vmlinux"):
         loaded = loader.load(name)

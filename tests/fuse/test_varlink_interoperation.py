@@ -88,16 +88,17 @@ class Mapping(VarlinkInterface, name=INTERFACE):
     """What the test calls, as asyncvarlink wants it declared."""
 
     @varlinkmethod
-    def Map(  # noqa: N802
+    def Map(  # noqa: N802  # the protocol's name
         self, *, file: FileDescriptor, writable: bool | None = None, length: int | None = None
     ) -> MapResult:
         raise NotImplementedError
 
     @varlinkmethod
-    def Release(self, *, lease: int) -> None:  # noqa: N802
+    def Release(self, *, lease: int) -> None:  # noqa: N802  # the protocol's name
         raise NotImplementedError
 
     @varlinkmethod
+    # the protocol's name
     def Allocate(self, *, file: FileDescriptor, length: int) -> Size:  # noqa: N802
         raise NotImplementedError
 
@@ -204,6 +205,7 @@ class Copier(VarlinkInterface, name=INTERFACE):
     """A service that sends a descriptor back."""
 
     @varlinkmethod(return_parameter="copy")
+    # the protocol's name
     def Copy(self, *, file: FileDescriptor, text: str) -> FileDescriptor:  # noqa: N802
         os.write(file.fileno(), text.encode())
         return FileDescriptor(os.dup(file.fileno()), should_close=True)

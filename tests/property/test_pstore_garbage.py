@@ -64,7 +64,7 @@ def survive_mutants(name: str, seeds: range, work: Path) -> None:
 @settings(max_examples=300, deadline=None)
 def test_any_geometry_is_laid_out_or_refused(parameters: dict[str, int]) -> None:
     with suppress(Invalid):
-        geometry = Geometry(**parameters)  # type: ignore[arg-type]
+        geometry = Geometry(**parameters)  # type: ignore[arg-type]  # of several types
         if geometry.size <= 1 << 20 and len(geometry.places) < 1000:
             use(bytearray(geometry.size), geometry)
 

@@ -254,7 +254,7 @@ async def test_a_bug_is_logged_and_costs_nobody_a_connection(
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
 async def test_whatever_is_sent_the_next_client_is_served(path: Path) -> None:
-    data = path.read_bytes()  # noqa: ASYNC240
+    data = path.read_bytes()  # noqa: ASYNC240  # a small file, and nobody waits
     async with world() as w:
         peer = w.connect()
         with suppress(trio.BrokenResourceError):  # cut off already

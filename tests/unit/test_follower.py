@@ -55,7 +55,7 @@ class Interruption:
         self._place = place
         self._act = act
         self.left = turn
-        pmem.read = self  # type: ignore[method-assign]
+        pmem.read = self  # type: ignore[method-assign]  # it stands in for the real one
 
     def __call__(self, offset: int, length: int) -> bytes:
         if offset == self._place:
@@ -207,7 +207,7 @@ class Counting:
         pmem = followed.pool.pmem
         self._read = pmem.read
         self.bytes = 0
-        pmem.read = self  # type: ignore[method-assign]
+        pmem.read = self  # type: ignore[method-assign]  # it stands in for the real one
 
     def __call__(self, offset: int, length: int) -> bytes:
         self.bytes += length

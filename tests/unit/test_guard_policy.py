@@ -29,7 +29,8 @@ def path() -> Iterator[Path]:
 def guarded(path: Path, policy: str, granularity: Level = PTE) -> Iterator[TextGuard]:
     private = policy == "redirect"
     options = {"private": True, "cow": granularity} if private else {}
-    with vfsmap.map(path, **options) as window:  # type: ignore[arg-type]
+    with vfsmap.map(path, **options) as window:  # type: ignore[arg-type]  # of several types
+        # a plain str is no Literal
         yield TextGuard(window, policy, granularity, base=BASE, name="xfs")  # type: ignore[arg-type]
 
 
@@ -129,7 +130,7 @@ def test_a_guard_wants_a_window_that_its_policy_can_be_kept_on(path: Path) -> No
         with pytest.raises(Invalid, match="redirecting needs a private window"):
             TextGuard(window, "redirect")
         with pytest.raises(Invalid, match="policy 'allow'"):
-            TextGuard(window, "allow")  # type: ignore[arg-type]
+            TextGuard(window, "allow")  # type: ignore[arg-type]  # that is what is tried
         with pytest.raises(Invalid, match="blocks of 4K or 2M"):
             TextGuard(window, granularity=PUD)
     with (

@@ -307,7 +307,7 @@ def test_a_log_that_is_on_its_way_to_larger_halves_is_not_grown_meanwhile(direct
         if not copy.exists():
             copy.write_bytes(pool.path.read_bytes())
 
-    commit.run = watched_run  # type: ignore[method-assign]
+    commit.run = watched_run  # type: ignore[method-assign]  # it stands in for the real one
     fill(pool, pool.journal.capacity // 1000, size=1000)
     commit.run()
     commit.finish()
@@ -422,7 +422,7 @@ def test_a_switch_that_fails_behind_the_commit_point_keeps_the_commit(directory:
         commits(offset, length)
         pmem.broken = True  # right behind the commit point
 
-    pmem.persist = persist  # type: ignore[method-assign]
+    pmem.persist = persist  # type: ignore[method-assign]  # it stands in for the real one
     end(pool, oids[:5])
     assert not pool.writable
     assert set(oids[5:]) == set(pool.objects)

@@ -54,6 +54,7 @@ def test_what_has_no_buffer_has_no_address() -> None:
     ],
     ids=["mmap", "munmap", "mprotect", "mremap", "madvise", "msync", "mseal", "fallocate", "statx"],
 )
+# any call
 def test_a_failed_call_raises_the_kernels_error(call, number: int) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OSError) as failed:  # noqa: PT011  # the number is what is checked
         call()

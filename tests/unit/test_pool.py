@@ -469,6 +469,7 @@ def test_an_exception_undoes_the_whole_transaction(directory: Path, medium: Medi
     pool.sync()
     before = dict(pool.objects)
     free = pool.space.free_bytes
+    # the block is the transaction
     with pytest.raises(Stop), pool.transaction() as tx:  # noqa: PT012
         tx.set(kept, Counter(value=2))
         tx.root = tx.new(Counter(value=3))
@@ -486,6 +487,7 @@ def test_a_transaction_without_room_leaves_everything_as_it_was(pool: Pool) -> N
         tx.allocate("12M")
     before = dict(pool.objects)
     free = pool.space.free_bytes
+    # the block is the transaction
     with pytest.raises(NoSpace, match="no free run of 12M"), pool.transaction() as tx:  # noqa: PT012
         tx.new(Counter())
         tx.allocate("64K")

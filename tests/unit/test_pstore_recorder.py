@@ -178,6 +178,7 @@ def test_every_dmesg_zone_serves_when_they_are_large_and_few() -> None:
 
 @pytest.mark.parametrize("compression", ["deflate", "none"])
 def test_compression_of_crash_records_is_the_callers_choice(path: Path, compression: str) -> None:
+    # a plain str is no Literal
     with Recorder(path, compression=compression, watch=False) as recorder:  # type: ignore[arg-type]
         recorder.dmesg("Oops", "text\n" * 100)
         mark = recorder.region.zones[0].read().partition(b"\n")[0][-1:]

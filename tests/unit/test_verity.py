@@ -176,7 +176,7 @@ def test_parameters_that_fs_verity_does_not_know_are_refused(
     options: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(Invalid, match=reason):
-        Hasher(**options)  # type: ignore[arg-type]
+        Hasher(**options)  # type: ignore[arg-type]  # of several types
 
 
 def test_blocks_cover_everything_in_order() -> None:

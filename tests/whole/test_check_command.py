@@ -31,6 +31,7 @@ def pool(tmp_path: Path) -> Path:
             fs.write(fs.create(parent, name, 0o644, 0, 0).ino, 0, CONTENT)
         fs.symlink(ROOT, b"way", b"dir/inner", 0, 0)
         fs.setxattr(fs.lookup(ROOT, b"plain").ino, b"user.note", b"kept")
+        # the committer is not used
         seal_file(Context(fs, None), "sealed")  # type: ignore[arg-type]
         with fs.pool.transaction() as tx:
             tx.new(Number())

@@ -127,6 +127,7 @@ def test_the_mount_is_there_again_after_its_server_was_killed(site: Site, whom: 
     site.see("file").write_bytes(b"text")
     for number in (1, 2):
         site.systemctl("kill", "--signal=KILL", f"--kill-who={whom}", MOUNT)
+        # mypy gives a lambda's default no type
         wait_for(lambda n=number: site.show(MOUNT, "NRestarts") == str(n))  # type: ignore[misc]
         wait_for(lambda: site.show(MOUNT, "ActiveState") == "active")
         assert site.see("file").read_bytes() == b"text"

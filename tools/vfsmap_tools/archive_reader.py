@@ -129,6 +129,7 @@ class Reader:
         runs = archive.data_runs(info)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         digest = archive.start_digest(runs, info.size)
+        # of a descriptor
         with open(os.open(target, flags, 0o600), "wb", buffering=0) as file:  # noqa: PTH123
             self._hint(target, info)
             for offset, length in runs:

@@ -51,6 +51,7 @@ def export(directory: Path, archive_path: Path, quiet: bool, as_json: bool) -> N
     if archive_path.resolve().is_relative_to(directory.resolve()):
         raise Invalid(f"{archive_path} lies inside {directory}, which it is to hold")
     unfinished = archive_path.with_name(archive_path.name + ".part")
+    # of a descriptor
     with open(os.open(unfinished, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:  # noqa: PTH123
         facts = _export(directory, file, unfinished, quiet=quiet or as_json)
         file.flush()

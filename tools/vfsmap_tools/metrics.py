@@ -172,6 +172,7 @@ class _Server(WSGIServer):
     def server_bind(self) -> None:
         """Bind, without asking the network for our name."""
         socketserver.TCPServer.server_bind(self)
+        # a server of http has these
         self.server_name, self.server_port = map(str, self.server_address[:2])  # type: ignore[assignment]
         self.setup_environ()
 
@@ -183,6 +184,7 @@ class _Server(WSGIServer):
 class _Handler(WSGIRequestHandler):
     timeout = _CLIENT_PATIENCE
 
+    # the base class's name
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         log.debug(format, *args)
 

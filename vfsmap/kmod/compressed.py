@@ -9,7 +9,7 @@ import lzma
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import lz4.block
 import zstandard
@@ -45,8 +45,10 @@ def is_packed(data: bytes | memoryview) -> bool:
     return any(data[: len(magic)] == magic for magic, _ in _CODECS)
 
 
-_FAILURES = (lzma.LZMAError, zlib.error, zstandard.ZstdError, OSError, EOFError, RuntimeError)
-_FAILURES += (struct.error, ValueError, MemoryError)  # type: ignore[assignment]
+_FAILURES: Final[tuple[type[Exception], ...]] = (
+    *(lzma.LZMAError, zlib.error, zstandard.ZstdError, OSError, EOFError, RuntimeError),
+    *(struct.error, ValueError, MemoryError),
+)
 
 
 def _bounded(pieces: list[bytes], name: str) -> bytes:
@@ -59,9 +61,9 @@ def _with(make: Callable[[], object]) -> Callable[[bytes | memoryview, str], byt
     """Return a function that runs a decompressor object of the standard library."""
 
     def run(data: bytes | memoryview, name: str) -> bytes:
-        decoder = make()
-        pieces = [decoder.decompress(data, LIMIT + 1)]  # type: ignore[attr-defined]
-        if not decoder.eof:  # type: ignore[attr-defined]
+        decoder: Any = make()
+        pieces = [decoder.decompress(data, LIMIT + 1)]
+        if not decoder.eof:
             _bounded(pieces, name)
             raise Damaged(f"{name} ends in the middle of its packed data")
         return _bounded(pieces, name)

@@ -178,6 +178,7 @@ class Runner:
             if not select.select([fd], [], [], self._timeout)[0]:
                 self.close()
                 raise Crashed(f"{self._doing} has not returned after {self._timeout:g} s")
+            # a pipe has it
             piece = self._process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
             if not piece:
                 raise self._crashed()

@@ -212,4 +212,5 @@ def _is_margin(at: int, geometry: Geometry) -> bool:
 
 def renew(ledger: Ledger, **changes: int) -> Ledger:
     """Return the ledger that follows ``ledger``."""
+    # of several types
     return replace(ledger, serial=ledger.serial + 1, **changes)  # type: ignore[arg-type]

@@ -301,7 +301,7 @@ class Group:
             error = errno.EEXIST
         elif self._has_writer(ino) or self._leases(ino, writable=True):
             error = errno.EBUSY
-        then = lambda _: self._sealed.add(ino)  # noqa: E731
+        then = lambda _: self._sealed.add(ino)  # noqa: E731  # as short as it is used
         return Draw(self._worker(), Order("seal", (name,), error or None), then)
 
     def _use_names(self) -> Draw:

@@ -167,7 +167,7 @@ def _watched(pool: Pool, pmem: RecordingPmem) -> Iterator[None]:
             run()
             pmem.note(COMMITTED, number)
 
-        commit.run = watched_run  # type: ignore[method-assign]
+        commit.run = watched_run  # type: ignore[method-assign]  # it stands in for the real one
         return commit
 
     with mock.patch.object(journal, "begin_commit", begin_commit):

@@ -46,7 +46,7 @@ def as_user(
     result, failure = pickle.loads(raw)
     if failure is not None:
         raise failure
-    return result  # type: ignore[no-any-return]
+    return result  # type: ignore[no-any-return]  # it was pickled
 
 
 def _outcome(

@@ -433,6 +433,7 @@ def deterministic(*, tiny: bool = False, first: int = _PLANTED) -> Iterator[None
     """
     clock = itertools.count(_START_NS + first * 10**9, 1000)
     numbers = itertools.count(first)
+    # as short as it is used
     generation = lambda: next(numbers) * 0x9E3779B97F4A7C15 % (1 << 64)  # noqa: E731
     with ExitStack() as stack:
         patch = mock.patch

@@ -100,6 +100,7 @@ class DoNothing(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List nothing."""
 
+    # pyfuse3 says bytes, and takes any buffer
     async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
         """Read zeros."""
         return _ZEROS[: min(size, self._files[fh][1] - off)]

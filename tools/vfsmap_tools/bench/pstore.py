@@ -112,7 +112,9 @@ def run(quick: bool) -> Result:
         )
         message = "%(message)s"
         peers: dict[str, Append] = {
+            # mypy gives a lambda's default no type
             "Recorder": lambda console=plain.console: console(LINE),  # type: ignore[misc]
+            # mypy gives a lambda's default no type
             "Recorder, ECC 16": lambda console=coded.console: console(LINE),  # type: ignore[misc]
             "RecorderHandler": stack.enter_context(_handler(RecorderHandler(logged), message)),
             "FileHandler": stack.enter_context(
