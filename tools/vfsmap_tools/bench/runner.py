@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
+from vfsmap_fuse.poll import LINGER
 from vfsmap_tools.bench.results import Curve, Rates, Result
 
 P = TypeVar("P")
@@ -32,6 +33,11 @@ class Goal(NamedTuple):
     ratio: float
 
 
+_PAUSE: Final = 2 * LINGER
+"""Seconds before each measurement, so that no peer has a part in how a mount before it keeps
+processors awake."""
+
+
 def alternate(measures: Sequence[Measure[P]], peers: dict[str, P], rounds: int) -> list[Rates]:
     """Return the rates of ``rounds`` rounds, each peer measured once in each."""
     found = [Rates(each.name, each.unit, {name: [] for name in peers}) for each in measures]
@@ -40,6 +46,7 @@ def alternate(measures: Sequence[Measure[P]], peers: dict[str, P], rounds: int) 
         turn = number % len(order)
         for measure, rates in zip(measures, found, strict=True):
             for name, peer in order[turn:] + order[:turn]:
+                time.sleep(_PAUSE)
                 rates.rounds[name].append(round(measure.run(peer), 4))
     return found
 
