@@ -1,7 +1,6 @@
 """A pool's bytes: opened, mapped, stored to, made durable, reserved and given back."""
 
 import ctypes
-import ctypes.util
 import errno
 import mmap
 import os
@@ -66,10 +65,10 @@ long, of 256 KiB two thirds, of 64 KiB nine tenths of what they take through the
 @cache
 def libpmem() -> Library | None:
     """Return libpmem, or None where it is not installed (msync(2) serves then)."""
-    name = ctypes.util.find_library("pmem")
-    if name is None:
+    try:
+        library = ctypes.CDLL("libpmem.so.1")
+    except OSError:
         return None
-    library = ctypes.CDLL(name)
     library.pmem_flush.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.pmem_flush.restype = None
     library.pmem_drain.argtypes = ()
@@ -246,6 +245,7 @@ class Pmem:
         length = len(data)
         if not 0 <= offset <= offset + length <= self.size:
             raise ValueError(f"{length} bytes at {offset:#x} exceed the medium's {self.size:#x}")
+        library.pmem_drain()  # such stores may overtake earlier ones, and these must not
         library.pmem_memcpy(self._address + offset, libc.address_of(data), length, _NONTEMPORAL)
 
     def _write(self, offset: int, data: bytes | memoryview | bytearray) -> None:
