@@ -79,9 +79,8 @@ def abort(directory: str, told: bytes) -> None:
     What somebody else has mounted there meanwhile stays.
     """
     connection = told.decode().strip()
-    if os.geteuid() == 0:
-        if connection in ("", _top_mount(directory)):
-            _unmount(directory)
+    if os.geteuid() == 0 and (not connection or _top_mount(directory) == f"0:{connection}"):
+        _unmount(directory)
         return
     with suppress(OSError):  # where the control files are not mounted, it stays
         control = os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY)
@@ -92,16 +91,16 @@ def abort(directory: str, told: bytes) -> None:
 
 
 def _top_mount(directory: str) -> str:
-    """Return the minor number of the device mounted on a directory last, which hides the others."""
+    """Return the device mounted on a directory last, which hides the others, as ``0:MINOR``."""
     for character in "\\ \t\n":  # as the kernel writes them
         directory = directory.replace(character, f"\\{ord(character):03o}")
-    minor = ""
+    device = ""
     with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:  # noqa: PTH123 pathlib costs memory
         for line in mounts:
             fields = line.split(" ")
             if fields[4] == directory:
-                minor = fields[2].partition(":")[2]
-    return minor
+                device = fields[2]
+    return device
 
 
 def _has_memory(server: int) -> bool:

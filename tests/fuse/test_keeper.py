@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -183,6 +184,21 @@ def test_a_connection_that_a_user_s_keeper_ends_leaves_neither_mount_nor_descrip
             keeper.abort(str(server.directory), b"%d\n" % connection)
         assert os.listdir("/proc/self/fd") == before
         wait_until(lambda: find_mount(server.directory) is None)
+
+
+def test_a_server_that_does_not_answer_is_not_asked_before_it_is_unmounted_by_force() -> None:
+    with tmpfs() as place, served_pool(place, "64M") as server:
+        pid = server.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            code = (
+                "import sys; from pathlib import Path; from vfsmap_tools import mounting;"
+                "mounting.unmount_and_wait(Path(sys.argv[1]), force=True, lazy=True)"
+            )
+            subprocess.run([sys.executable, "-c", code, server.directory], check=True, timeout=20)
+            assert find_mount(server.directory) is None
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("command", ["umount", "mount"])

@@ -164,7 +164,8 @@ def unmount_and_wait(directory: Path, *, force: bool = False, lazy: bool = False
     mounted = find_mount(directory)
     if mounted is None:
         raise Invalid(f"no pool is mounted on {directory}; see: findmnt -t fuse.vfsmap")
-    if not _clear_stale(directory):
+    # a server that does not answer is not asked: force and lazy are for it
+    if force or lazy or not _clear_stale(directory):
         unmount(directory, force=force, lazy=lazy)
     if not lazy and mounted.writable:  # who only reads holds nothing that others wait for
         with suppress(FileNotFoundError, PermissionError):
