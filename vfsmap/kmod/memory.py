@@ -5,7 +5,6 @@ from typing import Final
 
 from vfsmap.errors import Damaged
 
-_U32: Final = struct.Struct("<I")
 _I32: Final = struct.Struct("<i")
 _U64: Final = struct.Struct("<Q")
 MASK: Final = (1 << 64) - 1

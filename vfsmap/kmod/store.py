@@ -48,7 +48,6 @@ from vfsmap.kmod.subject import KernelSubject, ModuleSubject, Subject
 from vfsmap.units import PTE, align_up
 
 INDEX: Final = "index.json"
-_MODULES_END: Final = 0xFFFF_FFFF_FF00_0000
 
 
 class Store:
