@@ -180,9 +180,10 @@ class Watch:
         if not self._others_watched and self._past:
             self._watch_others()
         if self._latency.made:
-            with trio.move_on_after(LINGER):
-                await trio.lowlevel.wait_readable(self._fd)
-                return
+            if self._past:  # a trickle of requests is no reason to go on
+                with trio.move_on_after(LINGER):
+                    await trio.lowlevel.wait_readable(self._fd)
+                    return
             self._latency.withdraw()
         await trio.lowlevel.wait_readable(self._fd)
 
