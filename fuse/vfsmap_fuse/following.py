@@ -6,6 +6,7 @@ a file that has changed, mapped ones included, are dropped by :func:`keep_curren
 """
 
 import logging
+import os
 from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from inspect import isawaitable, unwrap
@@ -64,7 +65,7 @@ class FollowingOperations(Operations):
     def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
         """Return a handle; pages that the kernel has from before may be old, unless sealed."""
         fh = next(self._numbers)
-        self._files[fh] = Handle(inode.ino, flags, cached=True)
+        self._files[fh] = Handle(inode.ino, flags & ~os.O_ACCMODE, cached=True)
         return FileInfo(fh=fh, keep_cache=inode.sealed)
 
 

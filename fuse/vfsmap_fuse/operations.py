@@ -12,6 +12,7 @@ name goes, not at every lookup.
 import itertools
 import logging
 import os
+import re
 import stat
 import time
 from bisect import bisect_right
@@ -46,6 +47,9 @@ _DOT, _DOTDOT = 1, 2  # the cookies of "." and ".."; the file system's own are l
 _TURNS: Final = 4  # to wake another worker, have it find the descriptor readable, and read it
 _READ_AGAIN: Final = MIB
 _UNCACHED: Final = os.O_DIRECT | os.O_DSYNC
+_LINUX: Final = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+_DROPS_WRITTEN_PAGES: Final = _LINUX >= (6, 18)
+"""Whether the kernel drops cached pages of what is written past them, also behind the write."""
 _CAPABILITY: Final = b"security.capability"
 Sync = Callable[[], Awaitable[None]]
 
@@ -349,14 +353,19 @@ class Operations(pyfuse3.Operations):
         0020): such a descriptor may still be mapped, and then it has dirty pages.  One that only
         writes can't be mapped, and what it writes is in the pool anyway (decision 0024): the cache
         would keep a second copy.  But a shared map of another descriptor may be dirty in the same
-        page; and who appends trusts the kernel to know the size.
+        page, and where a write may have to be durable at once only the kernel knows of which.
         """
-        if flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino):
-            return True
-        only_writes = flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
-        return (
-            only_writes and not self.enable_writeback_cache and not self.fs.has_cached_writer(ino)
+        return self._is_to_be_uncached(ino, flags) or (
+            flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
+            and _DROPS_WRITTEN_PAGES
+            and not self.enable_writeback_cache
+            and not self.fs.pool.grouped
+            and not self.fs.has_cached_writer(ino)
         )
+
+    def _is_to_be_uncached(self, ino: int, flags: int) -> bool:
+        """Tell whether what the cache holds of a file is of no use to a descriptor."""
+        return flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino)
 
     def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
         """Return a handle."""
@@ -368,7 +377,7 @@ class Operations(pyfuse3.Operations):
             self.fs.hold(ino, writer=True, cached=handle.cached)
         handle.by_root = ctx.uid == 0
         handle.member = bool(inode.mode & stat.S_ISGID) and is_member(inode, ctx)
-        keep_cache = not (direct or self._must_see_reads(inode, flags))
+        keep_cache = not (self._is_to_be_uncached(ino, flags) or self._must_see_reads(inode, flags))
         return FileInfo(fh=fh, direct_io=direct, keep_cache=keep_cache)
 
     # pyfuse3 says bytes, and takes any buffer

@@ -47,6 +47,24 @@ def test_a_synchronous_write_is_there_after_a_kill_however_the_file_was_opened(
         assert path.read_bytes() == page[:]
 
 
+@pytest.mark.parametrize("access", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND])
+@pytest.mark.parametrize("how", ["-o sync", "RWF_DSYNC"])
+def test_a_write_that_the_mount_or_the_call_makes_synchronous_is_there_after_a_kill(
+    access: int, how: str
+) -> None:
+    options = ("-o", "sync") if how == "-o sync" else ()
+    with ext4_loop("64M") as place, served_pool(place, "32M", *options) as server:
+        path = server.directory / "it"
+        fd = os.open(path, os.O_CREAT | access)
+        flags = 0 if options else os.RWF_DSYNC
+        assert os.pwritev(fd, [b"written"], 0, flags) == 7
+        server.kill()
+        with refused(errno.ENOTCONN, errno.ECONNABORTED):
+            os.close(fd)
+        server.mount()
+        assert path.read_bytes() == b"written"
+
+
 def tree(**contents: bytes) -> Tree:
     """Return a tree of files with these contents; a file's number is its name's first byte."""
     names = {name: ord(name[0]) for name in contents}

@@ -4,6 +4,7 @@ The server is told to pin a range, as a lease does; stores of a window are store
 file, at the place that the file's extents tell.
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vfsmap.pmem import libc
 from vfsmap.testing.posix import refused
 from vfsmap.testing.serve import Server, served
 
@@ -147,6 +149,26 @@ def test_readers_and_their_maps_see_at_once_what_somebody_writes_past_the_cache(
         os.pwrite(writer, b"end", 20)
         assert os.pread(fd, SIZE, 0) == b"." * 10 + bytes(10) + b"end"
         assert os.fstat(fd).st_size == 23
+
+
+def test_what_others_have_cached_stays_when_somebody_opens_the_file_to_write(
+    window: Window,
+) -> None:
+    with opened(os.O_RDONLY) as fd, mmap.mmap(fd, SIZE, prot=mmap.PROT_READ) as view:
+        assert view[SIZE - 1] == ord(".")
+        with opened(os.O_WRONLY) as writer:
+            os.pwrite(writer, b"x", 0)
+        assert core_pages(view) == [False, True]
+        assert view[:2] == b"x."
+
+
+def core_pages(view: mmap.mmap) -> list[bool]:
+    """Tell which pages of a map are in the page cache, by mincore(2)."""
+    pages = SIZE // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * pages)()
+    address = ctypes.c_void_p(libc.address_of(view))
+    assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(SIZE), found) == 0
+    return [bool(each & 1) for each in found]
 
 
 def test_with_writeback_who_only_writes_is_cached(place: tuple[Path, Path]) -> None:
