@@ -39,13 +39,15 @@ def use(region: bytearray, geometry: Geometry | None) -> None:
 
 def survive_mutants(name: str, seeds: range, work: Path) -> None:
     sample = load_sample(FOLDER / name)
+    shown = 0
     for seed in seeds:
         mutant = mutate_region(sample.region, sample.geometry, random.Random(seed))
         try:
-            survive_region(bytes(mutant), sample.geometry, work)
+            shown += survive_region(bytes(mutant), sample.geometry, work)
         except Exception as exc:
             exc.add_note(f"seed {seed} of {name}")
             raise
+    assert shown, "none was read to the end"
 
 
 @given(

@@ -193,11 +193,13 @@ class Summary:
 
 def _run(task: Task, summary: Summary, state: Path | None) -> None:
     pipes: dict[Connection, int] = {}
+    workers = []
     stop = multiprocessing.Event()
     for worker in range(task.workers):
         ours, theirs = multiprocessing.Pipe(duplex=False)
         arguments = (task, worker, stop, theirs)
-        multiprocessing.Process(target=_work, args=arguments, daemon=True).start()
+        workers.append(multiprocessing.Process(target=_work, args=arguments, daemon=True))
+        workers[-1].start()
         theirs.close()
         pipes[ours] = worker
     for _ in range(2):  # once interrupted, it waits for what is under way
@@ -205,6 +207,13 @@ def _run(task: Task, summary: Summary, state: Path | None) -> None:
             _listen(pipes, summary, lambda: _save(state, summary))
         stop.set()
     _save(state, summary)
+    for process in workers:
+        process.join()
+    if died := [process.exitcode for process in workers if process.exitcode]:
+        raise click.ClickException(
+            f"{len(died)} of {len(workers)} workers died, of what stands above; what they were at, "
+            "and what was left for them, was not tried"
+        )
 
 
 def _listen(pipes: dict[Connection, int], summary: Summary, save: Callable[[], None]) -> None:
@@ -264,8 +273,8 @@ def main(
     before: dict[str, Any] = {}
     if state and state.exists():
         before = json.loads(state.read_text())
-        if (before["seed"], before["rows"]) != (seed, rows):
-            known = "--seed {seed} --only {rows}".format_map(before)
+        if (before["seed"], before.get("rows")) != (seed, rows):
+            known = f"--seed {before['seed']} --only {before.get('rows')}"
             raise click.UsageError(f"{state} belongs to {known}")
     until = time.monotonic() + 60 * minutes
     task = Task(seed, rows, int(before.get("position", 0)), jobs, until)

@@ -228,7 +228,11 @@ def main(
                 work = Path(scratch) / f"{number}-{user}"
                 work.mkdir()
                 run_round(made, work, number, user, copies)
-                outcomes += read_outcomes(work, number, user)
+                ended = list(read_outcomes(work, number, user))
+                outcomes += ended
+                if len(ended) < len(STEPS) and not any(outcome.status for outcome in ended):
+                    step = STEPS[len(ended)].name
+                    raise click.ClickException(f"round {number} of {user} did not end {step}")
                 shutil.rmtree(work)
     failed = [outcome for outcome in outcomes if outcome.status]
     if as_json:
