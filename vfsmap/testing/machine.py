@@ -47,6 +47,8 @@ for pair in $LAYERS; do
 upperdir=$SCRATCH/upper$number,workdir=$SCRATCH/work$number"
 done
 [ -z "$FSTAB" ] || mount --bind "$FSTAB" /etc/fstab
+mkdir -p /run/vfsmap
+mount -t tmpfs -o mode=755 none /run/vfsmap  # sockets of servers that end with the machine
 if [ "$1" = systemd ]; then
     umount -R /sys/fs/cgroup
     mount -t cgroup2 none /sys/fs/cgroup
