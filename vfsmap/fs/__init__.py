@@ -4,7 +4,7 @@ from vfsmap.fs.filesystem import FileSystem, StatFs
 from vfsmap.fs.following import FollowedFileSystem
 from vfsmap.fs.inode import ROOT, Inode
 from vfsmap.fs.names import RENAME_EXCHANGE, RENAME_NOREPLACE
-from vfsmap.fs.state import Use
+from vfsmap.fs.use import Use
 from vfsmap.fs.xattrs import XATTR_CREATE, XATTR_REPLACE
 
 __all__ = [
