@@ -211,8 +211,8 @@ def _run(task: Task, summary: Summary, state: Path | None) -> None:
         process.join()
     if died := [process.exitcode for process in workers if process.exitcode]:
         raise click.ClickException(
-            f"{len(died)} of {len(workers)} workers died, of what stands above; what they were at, "
-            "and what was left for them, was not tried"
+            f"{len(died)} of {len(workers)} workers died; their tracebacks stand above, and what "
+            "was left for them was not tried"
         )
 
 

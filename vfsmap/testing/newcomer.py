@@ -142,6 +142,10 @@ def make_base(base: Path, mirror: str) -> None:
     partial.rename(base)
 
 
+def _steps_of(user: str) -> list[Step]:
+    return [step for step in STEPS if user != "root" or not step.by_user]
+
+
 def run_round(base: Path, work: Path, number: int, user: str, copies: tuple[Path, ...]) -> bool:
     """Follow README as one user on a fresh machine; ``work`` gets what the steps print."""
     machine = work / "machine"
@@ -173,9 +177,7 @@ def run_round(base: Path, work: Path, number: int, user: str, copies: tuple[Path
 
 
 def _lines(user: str) -> Iterator[str]:
-    for name, command, by_root, by_user in STEPS:
-        if by_user and user == "root":
-            continue
+    for name, command, by_root, _ in _steps_of(user):
         if by_root and user != "root":
             command = f'sudo sh -c "{command}"'
         yield _STEP.format(name=name, user=user, command=command)
@@ -230,9 +232,12 @@ def main(
                 run_round(made, work, number, user, copies)
                 ended = list(read_outcomes(work, number, user))
                 outcomes += ended
-                if len(ended) < len(STEPS) and not any(outcome.status for outcome in ended):
-                    step = STEPS[len(ended)].name
-                    raise click.ClickException(f"round {number} of {user} did not end {step}")
+                missing = {step.name for step in _steps_of(user)}
+                missing -= {outcome.step for outcome in ended}
+                if missing and not any(outcome.status for outcome in ended):
+                    raise click.ClickException(
+                        f"round {number} of {user} did not end {', '.join(sorted(missing))}"
+                    )
                 shutil.rmtree(work)
     failed = [outcome for outcome in outcomes if outcome.status]
     if as_json:
