@@ -48,7 +48,7 @@ _TURNS: Final = 4  # to wake another worker, have it find the descriptor readabl
 _READ_AGAIN: Final = MIB
 _UNCACHED: Final = os.O_DIRECT | os.O_DSYNC
 _LINUX: Final = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
-_DROPS_WRITTEN_PAGES: Final = _LINUX >= (6, 18)
+DROPS_WRITTEN_PAGES: Final = _LINUX >= (6, 18)
 """Whether the kernel drops cached pages of what is written past them, also behind the write."""
 _CAPABILITY: Final = b"security.capability"
 Sync = Callable[[], Awaitable[None]]
@@ -346,41 +346,39 @@ class Operations(pyfuse3.Operations):
             and self.fs.is_atime_due(inode, time.time_ns())
         )
 
-    def _is_uncached(self, ino: int, flags: int) -> bool:
-        """Tell whether a descriptor passes the page cache by.
+    def _writes_past_cache(self, ino: int, flags: int) -> bool:
+        """Tell whether what a descriptor writes need not be cached, since that is all it does.
 
-        It does while windows may store to the file.  O_DIRECT alone does not make it (decision
-        0020): such a descriptor may still be mapped, and then it has dirty pages.  One that only
-        writes can't be mapped, and what it writes is in the pool anyway (decision 0024): the cache
+        It can't be mapped, and what it writes is in the pool anyway (decision 0024): the cache
         would keep a second copy.  But a shared map of another descriptor may be dirty in the same
         page, and where a write may have to be durable at once only the kernel knows of which.
         """
-        return self._is_to_be_uncached(ino, flags) or (
+        return (
             flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
-            and _DROPS_WRITTEN_PAGES
+            and DROPS_WRITTEN_PAGES
             and not self.enable_writeback_cache
             and not self.fs.pool.grouped
             and not self.fs.has_cached_writer(ino)
         )
 
-    def _is_to_be_uncached(self, ino: int, flags: int) -> bool:
-        """Tell whether what the cache holds of a file is of no use to a descriptor."""
-        return flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino)
-
     def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
-        """Return a handle."""
+        """Return a handle: one that ignores the page cache while windows may store to the file.
+
+        O_DIRECT alone does not make one: such a descriptor may still be mapped, and then it has
+        dirty pages (decision 0020).  Together with O_DSYNC it does.
+        """
         ino = inode.ino
-        direct = self._is_uncached(ino, flags)
+        ignored = flags & _UNCACHED == _UNCACHED or self.fs.has_writable_lease(ino)
+        direct = ignored or self._writes_past_cache(ino, flags)
         fh = next(self._numbers)
         handle = self._files[fh] = Handle(ino, flags, cached=not direct)
         if handle.writer:
             self.fs.hold(ino, writer=True, cached=handle.cached)
         handle.by_root = ctx.uid == 0
         handle.member = bool(inode.mode & stat.S_ISGID) and is_member(inode, ctx)
-        keep_cache = not (self._is_to_be_uncached(ino, flags) or self._must_see_reads(inode, flags))
+        keep_cache = not (ignored or self._must_see_reads(inode, flags))
         return FileInfo(fh=fh, direct_io=direct, keep_cache=keep_cache)
 
-    # pyfuse3 says bytes, and takes any buffer
     @answered
     def read(  # type: ignore[override]  # pyfuse3 says bytes, and takes any buffer
         self, fh: int, off: int, size: int

@@ -30,6 +30,7 @@ from vfsmap.testing.killing import MEDIA
 from vfsmap.testing.media import tmpfs
 from vfsmap.testing.twins import Order, serve
 from vfsmap.units import KIB, MIB
+from vfsmap_fuse.operations import DROPS_WRITTEN_PAGES
 
 _NAMES: Final = tuple(
     f"{folder}{name}" for folder in ("", "p/", "q/", "p/r/") for name in ("a", "b", "c", "d")
@@ -74,9 +75,12 @@ class Draw(NamedTuple):
 class Group:
     """Draws operations, and knows who has what open."""
 
-    def __init__(self, pool: Path, other: Path, seed: int, processes: int) -> None:
+    def __init__(
+        self, pool: Path, other: Path, seed: int, processes: int, *, past_cache: bool
+    ) -> None:
         self._chance = random.Random(seed)
         self._other = other
+        self._past_cache = past_cache
         self._files: dict[int, Open] = {}
         self._windows: dict[int, Mapped] = {}
         self._sealed: set[int] = set()
@@ -185,10 +189,12 @@ class Group:
         if error is None:
             return None
         slot, worker = next(self._slots), self._worker()
-        only_writes = flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
-        cached = not self._leases(ino, writable=True) and (
-            not only_writes or self._has_writer(ino, cached=True)
+        past_cache = (
+            self._past_cache
+            and flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY
+            and not self._has_writer(ino, cached=True)
         )
+        cached = not (past_cache or self._leases(ino, writable=True))
 
         def then(opened: int) -> None:
             self._files[slot] = Open(worker, opened, writable, cached)
@@ -353,17 +359,25 @@ def _exercise(group: Group, name: str, operations: int, until: float, pipe: Conn
         if group.done % _TOLD == 0:
             pipe.send((group.done, None))
     pipe.send((group.done, differs and f"{name}: {differs}"))
+    pipe.send(None)
 
 
 def _start(
-    pool: Path, other: Path, seed: int, processes: int, operations: int, until: float
+    places: tuple[Path, Path],
+    seed: int,
+    processes: int,
+    operations: int,
+    until: float,
+    *,
+    past_cache: bool,
 ) -> Connection:
+    pool, other = (root / f"seed-{seed}" for root in places)
     for root in (pool, other):
         root.mkdir()
     ours, theirs = multiprocessing.Pipe()
 
     def be_group() -> None:
-        group = Group(pool, other, seed, processes)
+        group = Group(pool, other, seed, processes, past_cache=past_cache)
         _exercise(group, f"seed {seed}", operations, until, theirs)
 
     multiprocessing.get_context("fork").Process(target=be_group).start()
@@ -394,21 +408,26 @@ def run(
     """
     done: dict[Connection, int] = {}
     failures = []
+    past_cache = DROPS_WRITTEN_PAGES and medium != "ext4"  # see Operations of vfsmap_fuse
     with _places(medium) as places:
         until = time.monotonic() + 60 * minutes
         for number in range(seed, seed + groups):
-            pool, other = (root / f"seed-{number}" for root in places)
-            done[_start(pool, other, number, processes, operations, until)] = 0
+            group = _start(places, number, processes, operations, until, past_cache=past_cache)
+            done[group] = 0
         running = set(done)
         told = time.monotonic()
         while running:
             for pipe in wait(running):
                 assert isinstance(pipe, Connection)
                 try:
-                    done[pipe], failure = pipe.recv()
+                    message = pipe.recv()
                 except EOFError:
+                    message, failure = None, "a group died; it has said of what"
+                    failures.append(f"{medium}, {failure}")
+                if message is None:
                     running.discard(pipe)
                     continue
+                done[pipe], failure = message
                 failures += [f"{medium}, {failure}"] if failure else []
             if time.monotonic() - told > _REPORT_SECONDS:
                 told = time.monotonic()
