@@ -21,12 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "there is no /dev/fuse": os.access("/dev/fuse", os.R_OK | os.W_OK),
         "only root can be other users": os.geteuid() == 0,
     }
-    # `make test` says VFSMAP_FORCE_FUSE=1, and fails where something is missing
     missing = [reason for reason, there in needs.items() if not there]
     if missing and os.environ.get("VFSMAP_FORCE_FUSE") != "1":
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent):
-                item.add_marker(pytest.mark.skip(reason=missing[0]))
+                item.add_marker(pytest.mark.skip(reason=missing[0]))  # not in `make test`
 
 
 class Place(NamedTuple):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,16 @@ class Pair:
     def has(self, name: str, content: bytes, within: float = WITHIN) -> None:
         """Write a file on the writer's mount, and check that the follower shows it."""
         (self.there / name).write_bytes(content)
-        self.shows(lambda: (self.here / name).read_bytes() == content, within)
+        self.shows(partial(self.holds, name, content), within)
+
+    def holds(self, name: str, content: bytes) -> bool:
+        return (self.here / name).read_bytes() == content
+
+    def lists(self, names: list[str]) -> bool:
+        return sorted(os.listdir(self.here)) == sorted(names)
+
+    def lists_more_than(self, count: int) -> bool:
+        return len(os.listdir(self.here)) > count
 
     @property
     def epoch(self) -> int:
@@ -275,18 +285,30 @@ def test_a_writer_that_is_killed_in_the_middle_of_its_work_is_followed(pair: Pai
         # the one that churns fails when the writer is killed
         with suppress(AssertionError), churn(pair, "open(f'f{n % 2000}', 'wb').write(b'%d' % n)"):
             wanted = len(os.listdir(pair.here)) + 30
-            # mypy gives a lambda's default no type
-            pair.shows(lambda wanted=wanted: len(os.listdir(pair.here)) > wanted, within=10)  # type: ignore[misc]
+            pair.shows(partial(pair.lists_more_than, wanted), within=10)
             followed = True
             pair.writer.kill()
         assert followed
         pair.writer.mount()
         pair.has("after", b"%d" % round_)
         names = os.listdir(pair.there)
-        # mypy gives a lambda's default no type
-        pair.shows(lambda names=names: sorted(os.listdir(pair.here)) == sorted(names))  # type: ignore[misc]
+        pair.shows(partial(pair.lists, names))
         for name in names[:200]:
             assert (pair.here / name).read_bytes() == (pair.there / name).read_bytes()
+
+
+def test_a_follower_that_was_remounted_for_writing_refuses_to_write_and_goes_on(
+    pair: Pair,
+) -> None:
+    pair.has("file", b"1")
+    subprocess.run(["mount", "-i", "-o", "remount,rw", pair.here], check=True)
+    for flags in (os.O_WRONLY, os.O_RDWR):
+        fd = os.open(pair.here / "file", flags)
+        with pytest.raises(OSError, match="Read-only"):
+            os.write(fd, b"2")
+        os.close(fd)
+    pair.has("file", b"3")
+    subprocess.run(["mount", "-i", "-o", "remount,ro", pair.here], check=True)
 
 
 def test_a_pool_that_is_made_larger_is_followed(pair: Pair) -> None:
@@ -363,8 +385,8 @@ def test_a_pool_on_hugetlbfs_is_followed() -> None:
 def test_a_pool_on_a_disk_is_followed_as_it_is_synced() -> None:
     with ext4_loop() as medium, paired(medium) as pair:
         for number in range(3):
+            content = b"%d" % number * 100_000
             with (pair.there / "file").open("wb") as file:
-                file.write(b"%d" % number * 100_000)
+                file.write(content)
                 os.fsync(file.fileno())
-            # mypy gives a lambda's default no type
-            pair.shows(lambda n=number: (pair.here / "file").read_bytes() == b"%d" % n * 100_000)  # type: ignore[misc]
+            pair.shows(partial(pair.holds, "file", content))

@@ -8,7 +8,7 @@ import pytest
 
 import vfsmap
 from vfsmap.errors import Sealed
-from vfsmap.guard import TextGuard
+from vfsmap.guard import Policy, TextGuard
 from vfsmap.kmod.bind import bind
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.kernel import Kernel, bind_kernel
@@ -56,11 +56,10 @@ def key_of(store: Store) -> str:
 
 @pytest.mark.parametrize("policy", ["refuse", "redirect"])
 def test_on_its_host_no_page_is_written_and_text_is_mapped_by_huge_entries(
-    store: Store, policy: str
+    store: Store, policy: Policy
 ) -> None:
     where = host(f"{key_of(store)}max")
-    # a plain str is no Literal
-    loader = Loader(store, where, vfsmap.map, policy=policy)  # type: ignore[arg-type]
+    loader = Loader(store, where, vfsmap.map, policy=policy)
     for name in (*where.modules, "vmlinux"):
         loaded = loader.load(name)
         report = loader.report(loaded)

@@ -88,19 +88,18 @@ class Mapping(VarlinkInterface, name=INTERFACE):
     """What the test calls, as asyncvarlink wants it declared."""
 
     @varlinkmethod
-    def Map(  # noqa: N802  # the protocol's name
+    def Map(
         self, *, file: FileDescriptor, writable: bool | None = None, length: int | None = None
     ) -> MapResult:
-        raise NotImplementedError
+        raise NotImplementedError  # only declared: the daemon has it
 
     @varlinkmethod
-    def Release(self, *, lease: int) -> None:  # noqa: N802  # the protocol's name
-        raise NotImplementedError
+    def Release(self, *, lease: int) -> None:
+        raise NotImplementedError  # only declared: the daemon has it
 
     @varlinkmethod
-    # the protocol's name
-    def Allocate(self, *, file: FileDescriptor, length: int) -> Size:  # noqa: N802
-        raise NotImplementedError
+    def Allocate(self, *, file: FileDescriptor, length: int) -> Size:
+        raise NotImplementedError  # only declared: the daemon has it
 
 
 @asynccontextmanager
@@ -205,8 +204,7 @@ class Copier(VarlinkInterface, name=INTERFACE):
     """A service that sends a descriptor back."""
 
     @varlinkmethod(return_parameter="copy")
-    # the protocol's name
-    def Copy(self, *, file: FileDescriptor, text: str) -> FileDescriptor:  # noqa: N802
+    def Copy(self, *, file: FileDescriptor, text: str) -> FileDescriptor:
         os.write(file.fileno(), text.encode())
         return FileDescriptor(os.dup(file.fileno()), should_close=True)
 

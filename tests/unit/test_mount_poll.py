@@ -186,6 +186,27 @@ async def test_processors_wake_at_once_from_quick_requests_until_a_while_after_t
     watch.forget()
 
 
+@needs_root
+async def test_after_a_trickle_of_requests_processors_sleep_as_soon_as_the_server_does(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    watch = Watch(ours.fileno())
+    theirs.send(b"x")
+    with trio.fail_after(60):
+        while wake_up_limit():
+            await watch.readable()
+    ours.recv(1)
+    watch._past = 0  # the last pauses were long, though each was shorter than it lingers
+    watch._expected[0] = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.readable)
+        await trio.testing.wait_all_tasks_blocked()
+        assert wake_up_limit() == WHENEVER
+        theirs.send(b"x")
+    watch.forget()
+
+
 def test_the_stand_in_goes_when_the_block_ends() -> None:
     with busy_polling():
         stand_in = vars(pyfuse3)["trio"]

@@ -217,11 +217,14 @@ class Library:
         self.calls.append("drain")
 
 
-def test_a_dax_medium_is_flushed_through_libpmem(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
     monkeypatch.setattr("vfsmap.pmem.pmem.libpmem", lambda: library)
+    return library
+
+
+def test_a_dax_medium_is_flushed_through_libpmem(file: Path, library: Library) -> None:
     pmem = open_pmem(file, FLUSHED)
     base = libc.address_of(pmem.view)
     pmem.persist(100, 10)
@@ -271,10 +274,8 @@ def test_large_stores_leave_the_same_bytes_with_libpmem_and_without(
 
 
 def test_a_large_store_passes_the_caches_by_and_a_small_one_does_not(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, library: Library
 ) -> None:
-    library = Library()
-    monkeypatch.setattr("vfsmap.pmem.pmem.libpmem", lambda: library)
     pmem = open_pmem(file, STORED)
     pmem.store(0, bytes(STREAMED - 1))
     assert library.calls == []
