@@ -116,6 +116,17 @@ def pair(shared: Pair) -> Pair:
     return shared
 
 
+def followers(pool: Path) -> list[str]:
+    """Return the numbers of the processes that follow a pool."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = process.read_bytes().split(b"\0")
+            if os.fsencode(pool) in words and b"follow" in b",".join(words):
+                found.append(process.parent.name)
+    return found
+
+
 def is_stale(call: Callable[[], object]) -> bool:
     try:
         call()
@@ -308,7 +319,15 @@ def test_a_follower_that_was_remounted_for_writing_refuses_to_write_and_goes_on(
             os.write(fd, b"2")
         os.close(fd)
     pair.has("file", b"3")
-    subprocess.run(["mount", "-i", "-o", "remount,ro", pair.here], check=True)
+    assert followers(pair.writer.pool)
+    log = Path(f"{pair.here}.log")
+    before = log.read_text()
+    fd = os.open(pair.here / "file", os.O_WRONLY)
+    subprocess.run(["umount", "-i", "-f", "-l", pair.here], check=True)
+    with suppress(OSError):
+        os.close(fd)
+    pair.shows(lambda: not followers(pair.writer.pool), within=10)
+    assert log.read_text() == before
 
 
 def test_a_pool_that_is_made_larger_is_followed(pair: Pair) -> None:
