@@ -286,6 +286,38 @@ def test_run_hands_sigterm_on(file: Path) -> None:
     assert records(file)[0].endswith("(SIGTERM)\n")
 
 
+HELD_BACK = """
+import runpy, signal, sys, threading
+# another thread takes the signal, so it interrupts no wait of this one
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+runpy.run_module("vfsmap_tools.pstore", run_name="__main__")
+"""
+UNTIL_TERMINATED = """
+import signal, time
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+print("up", flush=True)
+time.sleep(300)
+"""
+
+
+def test_run_hands_a_signal_on_that_interrupts_no_wait(file: Path) -> None:
+    words = [sys.executable, "-c", HELD_BACK, "run", str(file), "--"]
+    done = subprocess.Popen(
+        [*words, sys.executable, "-c", UNTIL_TERMINATED], stdout=subprocess.PIPE
+    )
+    assert done.stdout
+    assert done.stdout.readline() == b"up\n"
+    done.terminate()
+    try:
+        assert done.wait(60) == -signal.SIGTERM
+    finally:
+        done.kill()
+        done.wait()
+        done.stdout.close()
+    assert records(file)[0].endswith("(SIGTERM)\n")
+
+
 def test_run_of_no_command_says_so_as_a_shell_does(file: Path) -> None:
     done = run(file, "/nowhere/command")
     assert done.returncode == 127

@@ -61,8 +61,8 @@ def run_recorded(recorder: Recorder, command: Sequence[str]) -> tuple[int, str |
     except OSError as exc:
         complain(f"{command[0]}: {exc.strerror}")
         return (_NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_STARTED), None
-    with _signals_passed_to(process):
-        _pump_all(recorder, process)
+    with _signals_passed_to(process) as signalled:
+        _pump_all(recorder, process, signalled)
         status = process.wait()
     recorder.persist()
     if status == 0:
@@ -87,8 +87,11 @@ def leave_with(status: int) -> NoReturn:
     sys.exit(status if status >= 0 else 128 - status)
 
 
-def _pump_all(recorder: Recorder, process: "subprocess.Popen[bytes]") -> None:
-    """Pass on both streams until they end, or the command does: its children may keep them."""
+def _pump_all(recorder: Recorder, process: "subprocess.Popen[bytes]", signalled: int) -> None:
+    """Pass on both streams until the command ends: its children may keep them.
+
+    ``signalled`` becomes readable when a signal has come, which may be while nobody waits yet.
+    """
     assert process.stdout
     assert process.stderr
     streams = (
@@ -100,12 +103,15 @@ def _pump_all(recorder: Recorder, process: "subprocess.Popen[bytes]") -> None:
         for stream in streams:
             selector.register(stream.source, selectors.EVENT_READ, stream)
         selector.register(ended, selectors.EVENT_READ)
-        while len(selector.get_map()) > 1:
-            ready = selector.select()
-            for key, _ in ready:
-                if key.data and not key.data.pump():
+        selector.register(signalled, selectors.EVENT_READ)
+        while True:
+            ready = [key for key, _ in selector.select()]
+            for key in ready:
+                if key.fileobj == signalled:
+                    os.read(signalled, _CHUNK)
+                elif key.data and not key.data.pump():
                     selector.unregister(key.fileobj)
-            if all(key.data is None for key, _ in ready):
+            if ended in [key.fileobj for key in ready] and not any(key.data for key in ready):
                 break  # the command has ended, and what it said is through
     os.close(ended)
     for stream in streams:
@@ -113,8 +119,12 @@ def _pump_all(recorder: Recorder, process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def _signals_passed_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Hand on what would end us; what a terminal sends, the command gets by itself."""
+def _signals_passed_to(process: "subprocess.Popen[bytes]") -> Iterator[int]:
+    """Hand on what would end us; what a terminal sends, the command gets by itself.
+
+    Yields a descriptor that becomes readable when a signal has come: one that comes just before a
+    wait begins does not interrupt it, and its handler runs only when the wait is over.
+    """
 
     def pass_on(number: int, frame: Any) -> None:
         with suppress(ProcessLookupError):
@@ -125,10 +135,15 @@ def _signals_passed_to(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
     handlers = {signal.SIGTERM: pass_on, signal.SIGHUP: pass_on}
     handlers |= {signal.SIGINT: ignore, signal.SIGQUIT: ignore}
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    old_wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield readable
     finally:
+        signal.set_wakeup_fd(old_wakeup)
+        os.close(readable)
+        os.close(writable)
         for number, handler in old.items():
             signal.signal(number, handler)
 
