@@ -21,10 +21,10 @@ demo: $(BIN)/vfsmap ## Format, mount, copy, map, kill and compare: the main job 
 	$(BIN)/vfsmap demo
 
 test: $(BIN)/vfsmap ## Run the tests
-	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m "not slow and not vm"
+	tools/test.sh $(VENV) "not slow and not vm"
 
 test-slow: $(BIN)/vfsmap ## Run the long tests as well
-	VFSMAP_FORCE_FUSE=1 $(BIN)/pytest -q -m "not vm"
+	tools/test.sh $(VENV) "not vm"
 
 soak: $(BIN)/vfsmap ## Crash and damage pools for an hour: the figures of docs/reliability.md
 	$(BIN)/python -m vfsmap.testing.crash --seed 1 --minutes 15
