@@ -184,9 +184,9 @@ class TextGuard:
 
     def _report(self, offset: int, length: int, detail: str) -> None:
         """Make it an event of the daemon that granted the window, if there still is one."""
-        if self.window.on_report is not None:
+        if self.window.grantor is not None:
             with contextlib.suppress(VfsmapError):  # a poke is refused whoever hears of it
-                self.window.on_report(offset, length, detail)
+                self.window.grantor.report(offset, length, detail)
 
     def _patches(self, pokes: Sequence[Poke], view: memoryview) -> Iterator[tuple[int, bytes]]:
         """Yield one run of bytes for each block: from its first poke to the end of its last."""

@@ -216,7 +216,7 @@ import os, sys
 import vfsmap
 from vfsmap.daemon import client
 window = vfsmap.map(sys.argv[1])
-window._on_close = None
+window.grantor = None
 made = list(client.clients._by_device.values())[0]
 made._socket.close()               # the connection is dead, the mapping is not
 print("ready", flush=True)

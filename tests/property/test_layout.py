@@ -99,6 +99,26 @@ def test_a_window_grows_only_within_its_files_extents(
     assert layout.length >= align_up(offset + length, PAGE) - align_down(offset, PAGE)
 
 
+@given(pieces=PIECES.map(lambda pieces: pieces[:1]), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_an_extent_in_one_piece_is_laid_out_like_the_same_in_two(
+    pieces: list[tuple[int, int, int, object]], data: st.DataObject
+) -> None:
+    (extent,) = extents_of(pieces)
+    offset = data.draw(st.integers(extent.offset, extent.offset + extent.length - 1))
+    length = data.draw(st.integers(1, extent.offset + extent.length - offset))
+    levels = data.draw(st.sampled_from([(PTE,), (PTE, PMD), (PTE, PMD, PUD), (PMD,)]))
+    half = align_up(extent.length // 2, PAGE)
+    two = [
+        extent._replace(length=half),
+        Extent(extent.offset + half, extent.start + half, extent.length - half),
+    ]
+    parts = [part for part in two if part.length]
+    assert arrange([extent], offset, length, levels=levels) == arrange(
+        parts, offset, length, levels=levels
+    )
+
+
 @given(pieces=PIECES)
 def test_merging_changes_no_place(pieces: list[tuple[int, int, int, object]]) -> None:
     extents = extents_of(pieces)

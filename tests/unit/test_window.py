@@ -11,10 +11,32 @@ import pytest
 from vfsmap.errors import Denied, Invalid, NoMemory, TooManyMappings, Unsupported
 from vfsmap.mapping.window import Window
 from vfsmap.pmem import libc, pages
-from vfsmap.pmem.medium import Medium, detect
+from vfsmap.pmem.medium import Commit, Medium, detect
 from vfsmap.units import KIB, MIB, PMD, Extent
 
 PAGE = 4 * KIB
+
+
+class Told:
+    """A grantor that notes what it is told, and what it then finds."""
+
+    def __init__(
+        self, told: list[tuple[str, object]], look: Callable[[], object] = lambda: None
+    ) -> None:
+        self._told = told
+        self._look = look
+
+    def closed(self) -> None:
+        self._told.append(("closed", self._look()))
+
+    def dropped(self) -> None:
+        self._told.append(("dropped", self._look()))
+
+    def publish(self) -> None:
+        self._told.append(("publish", self._look()))
+
+    def report(self, offset: int, length: int, detail: str) -> None:
+        self._told.append(("report", (offset, length, detail)))
 
 
 @pytest.fixture
@@ -47,6 +69,21 @@ def test_neighbours_in_file_and_pool_take_one_mapping(pool: int, medium: Medium)
     with Window(pool, extents, 8 * PAGE, medium) as window:
         assert len(window.layout.calls) == 1
         assert pages_of(window.view()) == list(range(5, 13))
+
+
+def test_where_the_kernel_chooses_no_aligned_address_the_window_does(tmp_path: Path) -> None:
+    with (tmp_path / "pool").open("wb+") as file:
+        file.truncate(8 * MIB)
+        fd, medium = file.fileno(), Medium("tmpfs", Commit.STORE, PAGE, "always")
+        windows = []
+        for shift in range(4):  # the bytes of neither file nor pool are aligned
+            extent = Extent(shift * PAGE, shift * PAGE + 2 * MIB, 5 * MIB)
+            window = Window(fd, [extent], 4 * MIB, medium, offset=extent.offset)
+            windows.append(window)
+            assert (window.address - extent.start) % PMD.size == 0
+            assert window.layout.level == PMD
+        for window in windows:
+            window.close()
 
 
 def test_holes_of_a_read_window_are_zeros(pool: int, medium: Medium) -> None:
@@ -83,19 +120,20 @@ def test_stores_through_a_writable_window_reach_the_pool(pool: int, medium: Medi
 def test_publishing_persists_and_then_tells_those_who_cached_the_file(
     pool: int, medium: Medium
 ) -> None:
-    told: list[bytes] = []
+    told: list[tuple[str, object]] = []
     window = Window(
         pool,
         [Extent(0, PAGE, PAGE)],
         PAGE,
         medium,
         writable=True,
-        on_publish=lambda: told.append(os.pread(pool, 5, PAGE)),
+        grantor=Told(told, lambda: os.pread(pool, 5, PAGE)),
     )
     with window:
         window.view()[:5] = b"there"
         window.publish()
-    assert told == [b"there"]
+        assert told == [("publish", b"there")]
+    assert told[1:] == [("closed", b"there")]
 
 
 def test_a_read_windows_view_and_array_refuse_stores(pool: int, medium: Medium) -> None:
@@ -183,14 +221,13 @@ def mapped(address: int) -> bool:
 
 
 def test_a_forgotten_window_is_unmapped_with_its_last_view(pool: int, medium: Medium) -> None:
-    ends: list[str] = []
+    ends: list[tuple[str, object]] = []
     window = Window(
         pool,
         [Extent(0, 0, PAGE)],
         PAGE,
         medium,
-        on_close=lambda: ends.append("closed"),
-        on_drop=lambda: ends.append("dropped"),
+        grantor=Told(ends),
     )
     address, view = window.address, window.view()
     del window
@@ -201,7 +238,7 @@ def test_a_forgotten_window_is_unmapped_with_its_last_view(pool: int, medium: Me
     del view
     gc.collect()
     assert not mapped(address)
-    assert ends == ["dropped"]
+    assert ends == [("dropped", None)]
 
 
 def test_a_closed_window_says_so(pool: int, medium: Medium) -> None:
@@ -215,9 +252,9 @@ def test_a_closed_window_says_so(pool: int, medium: Medium) -> None:
 def test_a_sealed_window_cannot_be_unmapped_remapped_or_unprotected(
     pool: int, medium: Medium
 ) -> None:
-    closed: list[bool] = []
+    told: list[tuple[str, object]] = []
     extents = [Extent(0, 4 * PAGE, PAGE)]
-    window = Window(pool, extents, PAGE, medium, sealed=True, on_close=lambda: closed.append(True))
+    window = Window(pool, extents, PAGE, medium, sealed=True, grantor=Told(told))
     address = window.address
     fixed = libc.MAP_FIXED | libc.MAP_PRIVATE | libc.MAP_ANONYMOUS
     move = libc.MREMAP_FIXED | libc.MREMAP_MAYMOVE
@@ -233,7 +270,7 @@ def test_a_sealed_window_cannot_be_unmapped_remapped_or_unprotected(
     libc.munmap(spare, PAGE)
     window.close()
     assert ctypes.string_at(address, 1) == b"\x04"
-    assert closed == []
+    assert told == []
 
 
 def test_a_writable_window_cannot_be_sealed(pool: int, medium: Medium) -> None:

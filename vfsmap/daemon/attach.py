@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from functools import partial
 from typing import Any, NamedTuple
 
 from vfsmap.daemon.client import (
@@ -32,7 +31,7 @@ from vfsmap.errors import (
     VfsmapError,
 )
 from vfsmap.mapping.overlay import PrivateWindow
-from vfsmap.mapping.window import Window
+from vfsmap.mapping.window import Grantor, Window
 from vfsmap.pmem import Medium, detect
 from vfsmap.units import PTE, Extent, Level, align_down, align_up, format_size
 
@@ -51,15 +50,70 @@ class _Request(NamedTuple):
     cow: Level | None
 
     def window(
-        self, fd: int, extents: list[Extent], length: int, medium: Medium, **more: Any
+        self,
+        fd: int,
+        extents: list[Extent],
+        length: int,
+        medium: Medium,
+        grantor: Grantor | None = None,
     ) -> Window:
         """Map extents of ``fd`` as it was asked for."""
-        more |= {"offset": self.offset, "level": self.level, "populate": self.populate}
+        direct = grantor is not None
         if self.private:
-            more.pop("on_publish", None)
-            return PrivateWindow(fd, extents, length, medium, cow=self.cow or medium.level, **more)
-        more |= {"writable": self.writable, "sealed": self.sealed}
-        return Window(fd, extents, length, medium, **more)
+            return PrivateWindow(
+                fd,
+                extents,
+                length,
+                medium,
+                cow=self.cow or medium.level,
+                offset=self.offset,
+                level=self.level,
+                populate=self.populate,
+                direct=direct,
+                grantor=grantor,
+            )
+        return Window(
+            fd,
+            extents,
+            length,
+            medium,
+            offset=self.offset,
+            writable=self.writable,
+            level=self.level,
+            populate=self.populate,
+            sealed=self.sealed,
+            direct=direct,
+            grantor=grantor,
+        )
+
+
+class _Leased:
+    """The daemon that has granted a lease, by the connection that holds it."""
+
+    __slots__ = ("_client", "_forks", "_lease")
+
+    def __init__(self, client: Client, lease: int) -> None:
+        self._client = client
+        self._lease = lease
+        self._forks = clients.forks
+
+    @property
+    def _alone(self) -> bool:
+        return clients.forks == self._forks
+
+    def closed(self) -> None:
+        self._client.release(self._lease, alone=self._alone)
+
+    def dropped(self) -> None:
+        self._client.drop(self._lease, alone=self._alone)
+
+    def publish(self) -> None:
+        self._client.call("Publish", lease=self._lease)
+
+    def report(self, offset: int, length: int, detail: str) -> None:
+        self._client.call(
+            "Violation", lease=self._lease, offset=offset, length=length, detail=detail
+        )
 
 
 def map(
@@ -166,39 +220,26 @@ def _granted(client: Client, wanted: _Request) -> Window:
         answer, descriptors = client.call("Map", (fd,), **parameters)
     finally:
         os.close(fd)
-    forks = clients.forks
     try:
-        lease = answer["lease"]
+        grantor = _Leased(client, answer["lease"])
         window = wanted.window(
             descriptors[answer["pool"]],
             [Extent(**extent) for extent in answer["extents"]],
             answer["length"],
             medium_of(answer["medium"]),
-            direct=True,
-            on_close=lambda: client.release(lease, alone=clients.forks == forks),
-            on_drop=lambda: client.drop(lease, alone=clients.forks == forks),
-            on_publish=lambda: _publish(client, lease),
+            grantor,
         )
     except (LookupError, TypeError) as exc:
         raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
     except VfsmapError:
-        client.release(lease, alone=clients.forks == forks)
+        grantor.closed()
         raise
     finally:
         close_all(descriptors)
-    window.on_report = partial(_report, client, lease)
     if not client.is_alive():  # before the range was mapped, nothing kept it from reuse
         window.close()
         raise DaemonUnreachable(f"the mapping daemon on {client.path} has gone away; mount again")
     return window
-
-
-def _publish(client: Client, lease: int) -> None:
-    client.call("Publish", lease=lease)
-
-
-def _report(client: Client, lease: int, offset: int, length: int, detail: str) -> None:
-    client.call("Violation", lease=lease, offset=offset, length=length, detail=detail)
 
 
 def _map_cached(wanted: _Request) -> Window:
@@ -221,7 +262,7 @@ def _map_cached(wanted: _Request) -> Window:
         medium = detect(fd)
         start = align_down(offset, medium.page_size)
         extent = Extent(start, start, align_up(offset + length, medium.page_size) - start)
-        return wanted.window(fd, [extent] if length else [], length, medium, direct=False)
+        return wanted.window(fd, [extent] if length else [], length, medium)
     finally:
         os.close(fd)
 

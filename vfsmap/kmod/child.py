@@ -139,7 +139,7 @@ class Server:
         """Keep nothing but memory and the two pipes."""
         for loaded in self._loader.images.values():
             _ = loaded.subject  # it is read from the store, and no file can be opened from now on
-            loaded.guard.window.on_report = None  # nor can the daemon be reached
+            loaded.guard.window.grantor = None  # nor can the daemon be reached
         _close_all_but({0, 1, 2, self._sink.fileno()})  # of the daemon's socket above all
         _give_up_everything()
         self._alone = True

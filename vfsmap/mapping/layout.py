@@ -84,7 +84,8 @@ def arrange(
 ) -> Layout:
     """Lay the file's bytes from ``offset`` on out in one range of addresses.
 
-    ``page_size`` is the smallest piece the medium maps, ``levels`` those that may be used.  The
+    ``page_size`` is the smallest piece the medium maps, ``levels`` those that may be used, smallest
+    first.  The
     range grows outwards to whole entries where the file's own extent fills them, and to whole
     pages of the medium in any case.
 
@@ -95,6 +96,11 @@ def arrange(
     if offset < 0 or length <= 0:
         raise Invalid(f"can't map {length} bytes at {offset}; a window has at least one byte")
     low, high = align_down(offset, PTE.size), align_up(offset + length, PTE.size)
+    extents = tuple(extents)
+    if len(extents) == 1 and page_size == PTE.size:
+        (one,) = extents
+        if one.offset <= low and high <= one.offset + one.length:
+            return _arrange_one(one, offset, low, high, levels)
     inside = [e for e in merge(extents) if e.offset < high and e.offset + e.length > low]
     level, colour = _colour(inside, low, high, page_size, levels)
     low, high = _grow(inside, low, high, colour, level)
@@ -108,11 +114,27 @@ def arrange(
     return Layout(moved, total, offset + colour - base, level, base % level.size)
 
 
+def _arrange_one(
+    extent: Extent, offset: int, low: int, high: int, levels: Sequence[Level]
+) -> Layout:
+    """Lay out one extent that holds all of the range, as most files do: the same, but fast."""
+    shift = extent.start - extent.offset
+    for level in reversed(levels):
+        first, last = _whole(extent, low, high, level.size)
+        if first < last:
+            low, high = min(low, first - shift), max(high, last - shift)
+            break
+    else:
+        level = PTE
+    start, size = low + shift, high - low
+    return Layout((Call(0, start, size),), size, offset - low, level, start % level.size)
+
+
 def _colour(
     extents: Sequence[Extent], low: int, high: int, page_size: int, levels: Sequence[Level]
 ) -> tuple[Level, int]:
     """Return the largest level of use, and the colour (modulo it) that maps most bytes by it."""
-    for level in sorted(levels, key=lambda level: -level.size):
+    for level in reversed(levels):
         gain: Counter[int] = Counter()
         for extent in extents:
             start, end = _whole(extent, low, high, level.size)

@@ -7,12 +7,12 @@ put over it by one mremap(2), which the kernel does under the lock that page fau
 another thread sees the old bytes or the new ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from vfsmap.errors import Invalid, Unsupported
 from vfsmap.mapping.addresses import out_of_memory
-from vfsmap.mapping.window import Window
+from vfsmap.mapping.window import Grantor, Window
 from vfsmap.pmem import libc
 from vfsmap.pmem.medium import Medium
 from vfsmap.units import MIB, PTE, Extent, Level, align_down, align_up, format_size
@@ -41,8 +41,7 @@ class PrivateWindow(Window):
         level: Level | None = None,
         populate: bool = False,
         direct: bool = True,
-        on_close: Callable[[], None] | None = None,
-        on_drop: Callable[[], None] | None = None,
+        grantor: Grantor | None = None,
     ) -> None:
         """Map ``length`` bytes of the file from ``offset`` on, for this process alone.
 
@@ -66,8 +65,7 @@ class PrivateWindow(Window):
             level=level,
             populate=populate,
             direct=direct,
-            on_close=on_close,
-            on_drop=on_drop,
+            grantor=grantor,
         )
         self.cow = cow
         self._owned: set[int] = set()  # addresses of blocks that were laid over the window

@@ -1,11 +1,10 @@
 """A window: a file's extents mapped into one range of this process's addresses."""
 
-import contextlib
 import errno
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from vfsmap.errors import (
     Denied,
@@ -15,7 +14,7 @@ from vfsmap.errors import (
     VfsmapError,
 )
 from vfsmap.mapping.addresses import out_of_memory, reserve
-from vfsmap.mapping.layout import Layout, arrange, levels_of
+from vfsmap.mapping.layout import Call, Layout, arrange, levels_of
 from vfsmap.mapping.plan import Backing, Plan, Reason, why
 from vfsmap.pmem import libc, pages
 from vfsmap.pmem.medium import MAP_SHARED_VALIDATE, MAP_SYNC, Commit, Medium
@@ -24,6 +23,22 @@ from vfsmap.units import PTE, Extent, Level, align_down, format_size
 
 if TYPE_CHECKING:
     import numpy
+
+
+class Grantor(Protocol):
+    """Who has granted a window: the daemon, as the window knows it."""
+
+    def closed(self) -> None:
+        """Hear, once, that the range is unmapped."""
+
+    def dropped(self) -> None:
+        """Hear the same of a window that was collected and not closed, without waiting."""
+
+    def publish(self) -> None:
+        """Have the mount forget what it has cached of the file."""
+
+    def report(self, offset: int, length: int, detail: str) -> None:
+        """Hear what was tried at a part of the window."""
 
 
 class Window:
@@ -55,17 +70,13 @@ class Window:
         populate: bool = False,
         sealed: bool = False,
         direct: bool = True,
-        on_close: Callable[[], None] | None = None,
-        on_drop: Callable[[], None] | None = None,
-        on_publish: Callable[[], None] | None = None,
+        grantor: Grantor | None = None,
     ) -> None:
         """Map ``length`` bytes of the file from ``offset`` on.
 
         ``private`` keeps stores from the file, ``level`` is the smallest entry the caller accepts
         and ``limit`` the largest, ``populate`` maps each page now, ``sealed`` makes a read-only
-        window final until the process ends; ``on_close`` is called once, after the range is
-        unmapped (``on_drop``, which must not wait, when it was collected and not closed), and
-        ``on_publish`` makes the mount forget what it has cached.
+        window final until the process ends; ``grantor`` is told how the window is used and ends.
 
         Raises:
             Invalid: a negative offset, a writable window that is sealed or has holes.
@@ -86,11 +97,7 @@ class Window:
         self.direct = direct
         self.closed = True  # until it is whole
         self._exported: weakref.ref[Any] | None = None
-        self.on_report: Callable[[int, int, str], None] | None = None
-        """Tells the daemon that granted the window what was tried at a part of it."""
-        self._on_close = on_close
-        self._on_drop = on_drop
-        self._on_publish = on_publish
+        self.grantor = grantor
         self.layout = self._arranged(offset) if length else EMPTY
         self._map(fd, level, populate)
         self.closed = False
@@ -110,14 +117,22 @@ class Window:
         certain = self.medium.name != "page cache"
         if level is not None and certain:
             self.plan().require(level)
-        self._base = reserve(self.layout) if self.length else 0
-        with self._whole_or_not():
-            self._fill(fd)
+        self._base = 0
+        try:
+            if self.length:
+                self._place(fd)
             if populate or (level is not None and not certain):
                 self._populate()
                 self._require(level)
             if self.sealed and self.length:
                 self._seal()
+        except OSError as exc:
+            error = self._translated(exc)  # counts mappings, so it comes before they go
+            self._unmap()
+            raise error from exc
+        except VfsmapError:
+            self._unmap()
+            raise
 
     @property
     def address(self) -> int:
@@ -238,8 +253,8 @@ class Window:
         Crash: as :meth:`persist`.
         """
         self.persist(0, self.length)
-        if self._on_publish is not None:
-            self._on_publish()
+        if self.grantor is not None:
+            self.grantor.publish()
 
     def close(self) -> None:
         """Unmap the window; a sealed one stays mapped, and its lease lasts, until the process ends.
@@ -254,8 +269,8 @@ class Window:
         self.closed = True
         if not self.sealed:
             self._unmap()
-            if self._on_close is not None:
-                self._on_close()
+            if self.grantor is not None:
+                self.grantor.closed()
 
     def __enter__(self) -> Self:
         return self
@@ -276,36 +291,35 @@ class Window:
         self.closed = True
         if self.layout.length:
             libc.munmap_held(*self.mapped)
-        if self._on_drop is not None:
-            self._on_drop()
+        if self.grantor is not None:
+            self.grantor.dropped()
 
     def _require_open(self) -> None:
         if self.closed:
             raise Invalid("the window is closed")
 
-    @contextlib.contextmanager
-    def _whole_or_not(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as exc:
-            error = self._translated(exc)  # counts mappings, so it comes before they go
-            self._unmap()
-            raise error from exc
-        except VfsmapError:
-            self._unmap()
-            raise
+    def _place(self, fd: int) -> None:
+        calls, level, residue = self.layout.calls, self.layout.level, self.layout.residue
+        if len(calls) == 1 and calls[0].start is not None:
+            # where huge entries fit the kernel chooses such addresses by itself, mostly
+            base = self._mmap(0, calls[0], fd)
+            if (base - residue) % level.size == 0:
+                self._base = base
+                self._advise(base, calls[0].length)
+                return
+            libc.munmap(base, calls[0].length)
+        self._base = reserve(self.layout)
+        for call in calls:
+            address = self._mmap(self._base + call.at, call, fd, libc.MAP_FIXED)
+            if call.start is not None:
+                self._advise(address, call.length)
 
-    def _fill(self, fd: int) -> None:
+    def _mmap(self, address: int, call: Call, fd: int, fixed: int = 0) -> int:
         protection = libc.PROT_READ | (libc.PROT_WRITE if self.writable else 0)
-        for call in self.layout.calls:
-            address = self._base + call.at
-            if call.start is None:
-                flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
-                libc.mmap(address, call.length, protection, flags | libc.MAP_FIXED)
-                continue
-            flags = self._flags() | libc.MAP_FIXED
-            libc.mmap(address, call.length, protection, flags, fd, call.start)
-            self._advise(address, call.length)
+        if call.start is None:
+            flags = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+            return libc.mmap(address, call.length, protection, flags | fixed)
+        return libc.mmap(address, call.length, protection, self._flags() | fixed, fd, call.start)
 
     def _flags(self) -> int:
         if self.private:
@@ -348,7 +362,7 @@ class Window:
             raise
 
     def _unmap(self) -> None:
-        if self.layout.length:
+        if self._base:
             libc.munmap(*self.mapped)
 
     def _translated(self, exc: OSError) -> VfsmapError:
