@@ -145,11 +145,18 @@ def test_whoever_may_not_make_a_pool_there_is_told_to_name_another_place(directo
         return str(refused.value)
 
     assert "name another place" in as_user(65534, attempt)
+    directory.chmod(0o700)  # nor may it look whether there is such a file
+    assert "name another place" in as_user(65534, attempt)
+
+
+def test_a_name_that_no_file_can_have_is_refused(directory: Path) -> None:
+    with pytest.raises(Invalid, match="name it shorter"):
+        Pmem.create(directory / ("x" * 256), MIB)
 
 
 def test_a_link_is_not_followed_when_a_pool_is_made(directory: Path) -> None:
     (directory / "link").symlink_to(directory / "elsewhere")
-    with pytest.raises(Invalid):
+    with pytest.raises(Invalid, match="leads to nothing"):
         Pmem.create(directory / "link", MIB)
     (directory / "elsewhere").write_bytes(b"precious")
     with pytest.raises(Invalid):

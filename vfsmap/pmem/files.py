@@ -50,7 +50,11 @@ def _cure(exc: OSError, path: Path, flags: int) -> str:
         if flags & os.O_CREAT:
             return f"make the directory first: mkdir -p {path.parent}"
         return f"make a pool with: vfsmap format {path} --size 8G"
-    if flags & os.O_CREAT and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
+        return "the symbolic link leads to nothing: name the file itself"
+    if exc.errno == errno.ENAMETOOLONG:
+        return "name it shorter"
+    if flags & os.O_CREAT and not os.path.exists(path):
         return f"a file can't be made in {path.parent}; name another place, or ask its owner"
     if exc.errno in (errno.EACCES, errno.EPERM):
         return "a pool is for its owner and root alone"
@@ -137,7 +141,9 @@ def translated(exc: OSError, what: str) -> VfsmapError:
             return NotFound(reason)
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return Denied(reason)
-        case errno.EEXIST | errno.EISDIR | errno.EINVAL | errno.ELOOP | errno.ENOTDIR:
+        case errno.EEXIST | errno.EISDIR | errno.EINVAL:
+            return Invalid(reason)
+        case errno.ELOOP | errno.ENOTDIR | errno.ENAMETOOLONG:
             return Invalid(reason)
         case errno.ENOSPC | errno.EFBIG | errno.ENOMEM | errno.EDQUOT:
             return NoSpace(reason)

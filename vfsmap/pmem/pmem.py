@@ -170,9 +170,9 @@ class Pmem:
         """
         path = Path(path)
         require_no_directory(path)
-        device = path.is_char_device()
+        existed = os.path.exists(path)  # Path's own raises for names that can't be
+        device = existed and path.is_char_device()
         flags = os.O_RDWR if device else os.O_RDWR | os.O_CREAT | (0 if replace else os.O_EXCL)
-        existed = path.exists()
         if existed and not device and not replace:
             raise Exists(f"{path} exists; to destroy what it holds, use --force (replace=True)")
         fd = open_file(path, flags)
