@@ -135,10 +135,12 @@ def _argument(text: str) -> int | bytes:
             with Path(rest).open("rb") as stream:
                 return _bounded(stream.read(_LARGEST + 1), text)
         if kind == "zeros":
-            return _bounded(bytes(min(parse_size(rest), _LARGEST + 1)), text)
+            size = int(rest, 0) if rest.startswith("0x") else parse_size(rest)
+            return _bounded(bytes(min(size, _LARGEST + 1)), text)
     except ValueError:
         pass
-    raise Invalid(f"argument {text!r}: a number, hex:..., text:..., file:... or zeros:SIZE")
+    known = "a number of 64 bits, hex:..., text:..., file:... or zeros:SIZE"
+    raise Invalid(f"argument {text!r}: {known} is expected")
 
 
 def _bounded(content: bytes, text: str) -> bytes:
