@@ -93,6 +93,24 @@ def test_a_store_knows_from_its_modules_which_functions_of_a_kernel_are_called(
     assert Store(tmp_path).verify(vfsmap.map) == {}
 
 
+def test_a_module_that_was_loaded_and_removed_has_left_its_mark_on_the_kernel(
+    tmp_path: Path,
+) -> None:
+    loaded = host("612stuff")
+    left = dict(loaded.document.modules)
+    gone = left.pop("xfs")
+    known = gone.imports | loaded.document.kernel_symbols
+    after = Host(msgspec.structs.replace(loaded.document, modules=left, kernel_symbols=known))
+    files = [Module.open(modules("612")[name]) for name in loaded.modules]
+    wanted = loaded.document.vmlinux_text_sha256
+    for number, beside in enumerate((files, [m for m in files if m.name != "xfs"])):
+        store = Store(tmp_path / str(number))
+        variant = store.add_kernel(vmlinuz("612").read_bytes(), after, beside)
+        text = store.file(variant.pack, "text").read_bytes()[: len(variant.text)]
+        assert variant.doubts == []
+        assert (hashlib.sha256(text).hexdigest() == wanted) == (number == 0)
+
+
 def test_what_a_document_does_not_tell_of_a_kernel_is_taken_from_a_similar_boot_and_said() -> None:
     known = host("612up")
     document = msgspec.structs.replace(

@@ -7,13 +7,14 @@ from typing import Any
 import click
 
 import vfsmap
-from vfsmap.kmod.bind import bases_at, bind, called_by, pages_in, thunk_space
+from vfsmap.kmod.bind import bind
 from vfsmap.kmod.derive import running_host
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.kernel import Kernel, bind_kernel, is_kernel
-from vfsmap.kmod.layout import Area, Layout
+from vfsmap.kmod.layout import Area
+from vfsmap.kmod.linker import callers_of
 from vfsmap.kmod.module import Module
-from vfsmap.kmod.pack import end_of
+from vfsmap.kmod.placing import bind_at
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.userspace import user_host
 from vfsmap_tools.console import complain, errors_exit, json_option, print_facts, print_json
@@ -141,7 +142,7 @@ def text(
 ) -> None:
     """Write the text of a module or a kernel, bound to a host, as raw bytes."""
     host = Host.open(host_path)
-    callers = called_by(bind(module, host) for module in modules_beside(others, host))
+    callers = callers_of(modules_beside(others, host), host)
     raw = file.read_bytes()
     if is_kernel(raw, file.name):
         kernel = bind_kernel(Kernel(raw, file.name), host, callers)
@@ -149,12 +150,10 @@ def text(
         content = image.memory.read(image.text.start, len(image.text))
     else:
         found = Module(raw, file.name)
-        bases, pages = None, []
-        if at is not None:
-            layout = Layout(found)
-            bases = bases_at(at, layout)
-            pages = pages_in(end_of([bases], [layout]), thunk_space(found, host))
-        bound = bind(found, host, bases, thunk_pages=pages, callers=callers)
+        if at is None:
+            bound = bind(found, host, callers=callers)
+        else:
+            bound = bind_at(found, host, at, callers)
         image, content, doubts = bound.placed.image, bound.placed.area(Area.TEXT), bound.doubts
     output.write_bytes(content)
     facts: dict[str, Any] = {"text_base": f"{image.text.start:#x}", "text_len": len(content)}

@@ -52,13 +52,13 @@ with_option = click.option(
     "others",
     type=click.Path(path_type=Path, exists=True),
     multiple=True,
-    help="A module that the host has loaded as well, or a directory to look for all of them in: "
-    "what they call is known then, where calls are counted.",
+    help="A module that the host has, or had, loaded as well, or a directory to look for those in "
+    "that it has: what they call is known then, where calls are counted.",
 )
 
 
 def modules_beside(paths: Sequence[Path], host: Host) -> list[Module]:
-    """Return the modules that a host has loaded, from files and directories of modules."""
+    """Return the modules that a host has, or had, loaded: of directories those that it has."""
     found = {}
     for path in paths:
         for file in find_modules(path) if path.is_dir() else [path]:

@@ -6,11 +6,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vfsmap.errors import Invalid, VfsmapError
-from vfsmap.kmod.bind import Placed, bind, called_by
+from vfsmap.kmod.bind import Bound, Placed, bind, called_by
 from vfsmap.kmod.branches import Callers, counts_calls
 from vfsmap.kmod.host import Host
 from vfsmap.kmod.index import Variant
 from vfsmap.kmod.module import Module
+from vfsmap.kmod.placing import bind_at
 from vfsmap.kmod.relocate import PLT32
 from vfsmap.kmod.userspace import FIRST_SLOT, SLOTS_MAX, VARIABLES_MAX
 
@@ -90,20 +91,42 @@ class Linker:
         return {elf.symbols[number].name for number in called if number < len(elf.symbols)}
 
 
-def callers_at_hand(store: "Store", host: Host, modules: Iterable[Module] = ()) -> Callers:
-    """Return what the host's modules call, where calls are counted: of ``modules`` and the store's.
+def callers_at_hand(
+    store: "Store", host: Host, beside: Iterable[Module] = (), adding: Iterable[Module] = ()
+) -> Callers:
+    """Return what modules that the host has, or had, loaded call, where calls are counted.
+
+    Of those ``beside`` each is known to have been loaded; of those that are being added, and those
+    that the store has, the ones that the host has now.
 
     Raises:
-        VfsmapError: one of ``modules`` is not what the host has loaded.
+        VfsmapError: one ``beside`` is not what the host has loaded, or can't have been.
     """
     if not counts_calls(host):
         return {}
-    found = {m.name: bind(m, host) for m in modules if m.name in host.modules}
+    found = _bound(beside, host)
+    for module in adding:
+        if module.name in host.modules and module.name not in found:
+            with suppress(VfsmapError):  # of another build, and put elsewhere
+                found[module.name] = bind(module, host)
     for variant in store.index.variants:
         if not variant.is_kernel and variant.name in host.modules and variant.name not in found:
-            with suppress(VfsmapError):  # of another build
+            with suppress(VfsmapError):
                 found[variant.name] = bind(store.module(variant), host)
     return called_by(found.values())
+
+
+def callers_of(modules: Iterable[Module], host: Host) -> Callers:
+    """Return what modules that the host has, or had, loaded call, where calls are counted.
+
+    Raises:
+        VfsmapError: one of them is not what the host has loaded, or can't have been.
+    """
+    return called_by(_bound(modules, host).values()) if counts_calls(host) else {}
+
+
+def _bound(modules: Iterable[Module], host: Host) -> dict[str, Bound]:
+    return {m.name: bind(m, host) if m.name in host.modules else bind_at(m, host) for m in modules}
 
 
 def in_order(modules: Sequence[Module]) -> list[Module]:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmap.errors import Exists, Invalid
-from vfsmap.kmod.bind import bases_from, pages_in, thunk_space
+from vfsmap.kmod.bind import Bound, bases_at, bases_from, bind, pages_in, thunk_space
+from vfsmap.kmod.branches import Callers
 from vfsmap.kmod.host import KERNEL_AREA, MODULE_AREA, Host
 from vfsmap.kmod.index import host_digest
 from vfsmap.kmod.layout import Area, Layout
@@ -70,11 +71,30 @@ def _require_reachable(
 
 def _free_unit(store: "Store", host: Host) -> int:
     """Return the first unit of 2 MiB behind everything this host has."""
+    end = max([_behind(host), *(span.stop for _, span in _taken(store, host))])
+    return align_up(end, PMD.size)
+
+
+def _behind(host: Host) -> int:
+    """Return the first unit of 2 MiB behind the modules that the host has loaded."""
     end = IMAGES if host.user_space else MODULE_AREA
     for resident in host.modules.values():
         end = max(end, *resident.sections.values(), resident.text.stop)
-    end = max([end, *(span.stop for _, span in _taken(store, host))])
     return align_up(end, PMD.size)
+
+
+def bind_at(
+    module: Module, host: Host, at: int | None = None, callers: Callers | None = None
+) -> Bound:
+    """Return a module that a host has not loaded as it would be at an address, or behind the rest.
+
+    Raises:
+        NotFound, Invalid, Damaged, Unsupported: it can't be bound so.
+    """
+    layout = Layout(module)
+    bases = bases_at(_behind(host) if at is None else at, layout)
+    pages = pages_in(end_of([bases], [layout]), thunk_space(module, host))
+    return bind(module, host, bases, thunk_pages=pages, callers=callers)
 
 
 def _taken(store: "Store", host: Host) -> Iterator[tuple[str, range]]:
@@ -84,6 +104,8 @@ def _taken(store: "Store", host: Host) -> Iterator[tuple[str, range]]:
         if variant.is_kernel or not (variant.host == digest or host.user_space):
             continue
         for area, base in variant.bases.items():
+            if host.user_space and base >= KERNEL_AREA:
+                continue  # a process can have nothing there
             if area != Area.PERCPU.value and variant.sizes[area]:
                 yield variant.name, range(base, base + variant.sizes[area])
         for page in variant.thunk_pages:

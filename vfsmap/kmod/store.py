@@ -202,7 +202,7 @@ class Store:
 
         Modules that the host's document places are bound there, others side by side at ``at`` or
         in the first free unit; either all of them, or none.  ``beside`` are modules that the host
-        has loaded as well; those that the store has are known without.
+        has, or had, loaded as well; those that the store has are known without.
 
         Raises:
             Exists: a module is there already, bound to this host.
@@ -236,7 +236,8 @@ class Store:
     ) -> Variant:
         """Bind a kernel, given as its boot image, to a host and keep it.
 
-        ``beside`` are modules that the host has loaded; those that the store has are known without.
+        ``beside`` are modules that the host has, or had, loaded; those that the store has and the
+        host has now are known without.
 
         Raises:
             Exists: it is there already, bound to this host, with nothing or the same in doubt.
@@ -289,7 +290,10 @@ class Store:
     def _require_new(self, build_id: str, name: str, host: str) -> None:
         for variant in self.index.variants:
             if (variant.build_id, variant.host) == (build_id, host):
-                raise Exists(f"{self.directory} holds {name} bound to that host already")
+                cure = ""
+                if variant.doubts and not variant.is_kernel:  # a kernel is replaced
+                    cure = "; to leave less in doubt, add it to a new store"
+                raise Exists(f"{self.directory} holds {name} bound to that host already{cure}")
 
     def _write_pack(
         self, pack: str, content: dict[str, tuple[int, bytearray]], modules: list[str]
@@ -307,7 +311,7 @@ class Store:
     ) -> list[Bound]:
         places = places_for(self, modules, host, at)
         bound: list[Bound] = []
-        callers = callers_at_hand(self, host, [*beside, *modules])
+        callers = callers_at_hand(self, host, beside, modules)
         place_of = {m.name: place for m, place in zip(modules, places, strict=True)}
         for module in in_order(modules):
             linker = Linker(self, host, module, [b.placed for b in bound], self.index.variants)
