@@ -82,16 +82,20 @@ def survive_region(content: bytes, told: Geometry, work: Path) -> int:
         detected = detect(content)
         geometries += [detected] if detected != told else []
     shown = 0
+    path = work / "region"
     for geometry in geometries:
-        with suppress(VfsmapError):
-            shown += _survive(content, geometry, work)
+        path.write_bytes(content)
+        try:
+            region = Region.open(path, geometry)
+        except VfsmapError:
+            continue
+        shown += _survive(content, region, geometry, work)
     return shown
 
 
-def _survive(content: bytes, geometry: Geometry, work: Path) -> int:
+def _survive(content: bytes, region: Region, geometry: Geometry, work: Path) -> int:
     path, copy, folder = work / "region", work / "copy", work / "files"
-    path.write_bytes(content)
-    with Region.open(path, geometry) as region:
+    with region:
         files = region.files()
         copy_region(region, copy, force=True)
     assert path.read_bytes() == copy.read_bytes() == content
