@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from vfsmap.errors import Unsupported
-from vfsmap.pmem import Commit, Medium, Promise, detect, medium
+from vfsmap.pmem import Commit, Medium, Promise, detect, medium, mountinfo
+from vfsmap.pmem.mountinfo import Mounted
 from vfsmap.testing import media
 from vfsmap.units import GIB, KIB, MIB
 
@@ -81,7 +82,8 @@ def test_a_device_dax_is_known_by_its_bus(sys_char: Path) -> None:
 def test_a_file_that_maps_synchronously_is_on_dax(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(medium, "_mount_of", lambda _: ("ext4", "rw,dax"))
+    mount = Mounted("9:9", "/", "ext4", "/dev/x", "rw,dax")
+    monkeypatch.setattr(medium, "mount_of", lambda _: mount)
     monkeypatch.setattr(medium, "_maps_synchronously", lambda _fd, _size: True)
     assert detected(tmp_path) == Medium("dax", Commit.FLUSH, 4 * KIB)
 
@@ -90,7 +92,7 @@ def test_a_file_system_that_is_not_listed_is_taken_for_a_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mountinfo").write_text("1 0 9999:1 / / rw - ext4 /dev/x rw\n")
-    monkeypatch.setattr(medium, "_MOUNTINFO", tmp_path / "mountinfo")
+    monkeypatch.setattr(mountinfo, "_MOUNTINFO", tmp_path / "mountinfo")
     assert detected(tmp_path).name == "page cache"
 
 
@@ -108,7 +110,8 @@ def test_the_kernels_override_beats_the_mounts_policy(
 ) -> None:
     (tmp_path / "shmem_enabled").write_text(override + "\n")
     monkeypatch.setattr(medium, "_THP_SHMEM", tmp_path / "shmem_enabled")
-    monkeypatch.setattr(medium, "_mount_of", lambda _: ("tmpfs", option))
+    mount = Mounted("9:9", "/", "tmpfs", "none", option)
+    monkeypatch.setattr(medium, "mount_of", lambda _: mount)
     assert detected(tmp_path).huge == policy
 
 

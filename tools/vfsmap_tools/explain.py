@@ -19,6 +19,7 @@ from vfsmap.mapping.layout import levels_of
 from vfsmap.mapping.plan import Reason, remedy
 from vfsmap.mapping.window import Window
 from vfsmap.pmem.medium import Medium, detect
+from vfsmap.pmem.mountinfo import mount_of
 from vfsmap.units import KIB, LEVELS, PTE, Extent, align_up, format_size
 from vfsmap_tools.console import (
     errors_exit,
@@ -150,14 +151,8 @@ def _own_extents(fd: int, status: os.stat_result, medium: Medium) -> Iterator[Ex
 
 def _filesystem(path: Path) -> tuple[str, str]:
     """Return the type and the options of the file system that holds a file."""
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
-            kind, _source, options = fields[fields.index("-") + 1 :][:3]
-            return kind, options
-    return "unknown", ""
+    mount = mount_of(path.stat().st_dev)
+    return (mount.kind, mount.options) if mount else ("unknown", "")
 
 
 def _extents(path: Path, window: Window) -> list[Placed]:

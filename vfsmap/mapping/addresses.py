@@ -32,7 +32,7 @@ def reserve(layout: Layout) -> int:
 def out_of_memory(what: str, calls: int, medium: Medium | None) -> NoMemory:
     """Tell which of the three things the kernel calls ENOMEM it was."""
     limit = int(_MAX_MAP_COUNT.read_text())
-    with Path("/proc/self/maps").open() as lines:
+    with Path("/proc/self/maps").open("rb") as lines:
         count = sum(1 for _ in lines)
     if count + _MARGIN >= limit:
         return TooManyMappings(

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vfsmap.errors import Unsupported
+from vfsmap.pmem.mountinfo import mount_of
 from vfsmap.units import KIB, LEVELS, MIB, Level, parse_size
 
 MAP_SHARED_VALIDATE = 0x03
 MAP_SYNC = 0x80000  # include/uapi/asm-generic/mman-common.h
-_MOUNTINFO = Path("/proc/self/mountinfo")
 _SYS_CHAR = Path("/sys/dev/char")
 _THP_SHMEM = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -86,7 +86,8 @@ def detect(fd: int) -> Medium:
         return _device_dax(fd, status)
     if not stat.S_ISREG(status.st_mode):
         raise _unsuitable(fd, _kind(status))
-    kind, options = _mount_of(status.st_dev)
+    mount = mount_of(status.st_dev)
+    kind, options = (mount.kind, mount.options) if mount else ("", "")
     if kind == "hugetlbfs":
         kept = parse_size(_option(options, "min_size") or 0)
         return Medium("hugetlbfs", Commit.STORE, os.fstatvfs(fd).f_bsize, kept=kept)
@@ -126,17 +127,6 @@ def _device_dax(fd: int, status: os.stat_result) -> Medium:
     align = device / "align"
     page_size = int(align.read_text()) if align.exists() else 2 * MIB
     return Medium("device-dax", Commit.FLUSH, page_size)
-
-
-def _mount_of(device: int) -> tuple[str, str]:
-    """Return the type and the super-block options of the mount that holds ``device``."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in _MOUNTINFO.read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
-            kind, _source, options = fields[fields.index("-") + 1 :][:3]
-            return kind, options
-    return "", ""
 
 
 def _tmpfs_policy(options: str) -> str:

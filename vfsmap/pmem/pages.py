@@ -129,7 +129,7 @@ def areas(address: int, length: int, pid: int | None = None) -> list[Area]:
     """Return the mappings that overlap the range, in order of address."""
     wanted: list[Area] = []
     current: Area | None = None
-    with Path(f"/proc/{pid or 'self'}/smaps").open() as lines:
+    with Path(f"/proc/{pid or 'self'}/smaps").open(errors="surrogateescape") as lines:
         for line in lines:
             name, _, rest = line.partition(":")
             if " " in name:  # the head line of a mapping: addresses, rights, file
