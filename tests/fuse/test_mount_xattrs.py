@@ -126,6 +126,19 @@ def test_many_attributes_are_listed_and_go_with_their_file(here: Path) -> None:
     assert os.listxattr("it") == []
 
 
+def test_no_more_attributes_are_kept_than_can_be_listed(here: Path) -> None:
+    Path("it").touch()
+    name = "user.{:03}" + "n" * 240
+    kept = 0
+    with refused(errno.ENOSPC):
+        for kept in range(1000):
+            os.setxattr("it", name.format(kept), b"")
+    assert len(os.listxattr("it")) == kept == 65536 // len(name.format(0) + "x")
+    os.setxattr("it", name.format(0), b"one that is there can change")
+    os.removexattr("it", name.format(1))
+    os.setxattr("it", name.format(kept), b"")
+
+
 @pytest.mark.parametrize(
     "flags", [os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_DIRECT | os.O_DSYNC]
 )

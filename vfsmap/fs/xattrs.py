@@ -8,6 +8,8 @@ from vfsmap.fs.state import XATTR, State
 from vfsmap.pool.layout import RECORD, XattrRecord
 
 XATTR_NAME_MAX: Final = 255
+XATTR_LIST_MAX: Final = 65536
+"""Bytes of all names, with a NUL behind each: more can't be listed (linux/limits.h)."""
 XATTR_SIZE_MAX: Final = 1 << 16  # include/uapi/linux/limits.h
 XATTR_CREATE: Final = 1
 XATTR_REPLACE: Final = 2
@@ -61,6 +63,10 @@ class Xattrs(State):
             raise Invalid("an attribute needs a name")
         if len(value) > XATTR_SIZE_MAX:
             raise NoSpace(f"an attribute has at most {XATTR_SIZE_MAX} bytes, not {len(value)}")
+        if oid is None:
+            named = sum(len(other) + 1 for other in self._xattrs.get(ino, ()))
+            if named + len(name) + 1 > XATTR_LIST_MAX:
+                raise NoSpace(f"a file's attributes have names of at most {XATTR_LIST_MAX} bytes")
         with self.change() as tx:
             oid = oid or tx.new_oid()
             tx.put(oid, XattrRecord.TAG, XATTR.pack(ino, len(value), len(name)) + name + value)
