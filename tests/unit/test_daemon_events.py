@@ -84,3 +84,12 @@ async def test_the_stream_ends_when_the_listener_hangs_up_or_talks() -> None:
             else:
                 peer.close()
     assert not events._listeners
+
+
+async def test_who_is_hung_up_on_while_he_listens_is_no_bug() -> None:
+    events = Events(100)
+    async with connected() as (connection, _), trio.open_nursery() as nursery:
+        nursery.start_soon(events.stream, connection)
+        await trio.testing.wait_all_tasks_blocked()
+        connection.close()
+    assert not events._listeners

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -90,7 +91,8 @@ class Events:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_forward, connection, listener, nursery.cancel_scope)
-                await connection.wait_hangup()
+                with suppress(trio.ClosedResourceError):  # we hung up: its process is gone
+                    await connection.wait_hangup()
                 nursery.cancel_scope.cancel()
         finally:
             self._listeners.discard(listener)
