@@ -88,6 +88,8 @@ class TextGuard:
                 raise Invalid("redirecting needs a private window: map it with private=True")
             if window.cow != granularity:
                 raise Invalid(f"the window copies blocks of {window.cow}, not {granularity}")
+            if executable and window.writable:
+                raise Invalid("what is executable takes no plain stores: use stores=False")
         self.window = window
         self.policy = policy
         self.granularity = granularity
@@ -171,8 +173,8 @@ class TextGuard:
             if number < _TOLD:
                 self._report(violation.offset, len(poke.new), str(violation))
         if rest := pokes[_TOLD:]:
-            offsets = [poke.address - self.base for poke in rest]
-            low, high = min(offsets), max(offsets)
+            low = min(poke.address for poke in rest) - self.base
+            high = max(poke.address + len(poke.new) for poke in rest) - self.base
             self._report(low, high - low, f"refused {len(rest)} more writes to {self.name}")
         more = f" and {len(pokes) - 1} more" if len(pokes) > 1 else ""
         first = pokes[0]

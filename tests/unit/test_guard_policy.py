@@ -138,3 +138,27 @@ def test_a_guard_wants_a_window_that_its_policy_can_be_kept_on(path: Path) -> No
         pytest.raises(Invalid, match="the window copies blocks of PMD, not PTE"),
     ):
         TextGuard(window, "redirect", PTE)
+    with (
+        vfsmap.map(path, private=True) as window,
+        pytest.raises(Invalid, match="takes no plain stores"),
+    ):
+        TextGuard(window, "redirect", executable=True)
+
+
+def test_of_many_refused_pokes_the_last_report_covers_the_rest(path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+
+    class Grantor:
+        def report(self, offset: int, length: int, detail: str) -> None:
+            told.append((offset, length, detail))
+
+    with vfsmap.map(path) as window:
+        guard = TextGuard(window, base=BASE)
+        window.grantor = Grantor()  # type: ignore[assignment]  # as much of one as is needed
+        with pytest.raises(Sealed):
+            guard.apply([Poke(BASE + 8 * n, bytes(8)) for n in range(20)])
+        window.grantor = None
+    start, length, detail = told[-1]
+    rest = 20 - (len(told) - 1)
+    assert (start, length) == (8 * (len(told) - 1), 8 * rest)
+    assert f"refused {rest} more writes" in detail
