@@ -51,9 +51,12 @@ class WindowFile(io.BufferedIOBase):
         """Have the next read begin elsewhere.
 
         Raises:
-            ValueError: that is before the file's start.
+            ValueError: that is before the file's start, or ``whence`` is none.
         """
-        at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence] + offset
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}
+        if whence not in starts:
+            raise ValueError(f"whence {whence}: 0, 1 or 2 is expected")
+        at = starts[whence] + offset
         if at < 0:
             raise ValueError(f"{at} is before the start of the file")
         self._at = at
