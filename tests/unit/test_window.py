@@ -1,6 +1,8 @@
+import copy
 import ctypes
 import gc
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,6 +241,28 @@ def test_a_forgotten_window_is_unmapped_with_its_last_view(pool: int, medium: Me
     gc.collect()
     assert not mapped(address)
     assert ends == [("dropped", None)]
+
+
+def test_a_window_can_not_be_copied_or_pickled(pool: int, medium: Medium) -> None:
+    with Window(pool, [Extent(0, 0, PAGE)], PAGE, medium) as window:
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="map the file again"):
+                attempt(window)
+
+
+def test_a_window_that_is_interrupted_while_it_is_made_leaves_nothing_mapped(
+    pool: int, medium: Medium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def interrupted(window: Window) -> None:
+        made.append(window.address)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Window, "_populate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Window(pool, [Extent(0, 0, PAGE)], PAGE, medium, populate=True)
+    assert not mapped(made[0])
 
 
 def test_a_closed_window_says_so(pool: int, medium: Medium) -> None:

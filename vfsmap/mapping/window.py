@@ -4,7 +4,7 @@ import errno
 import operator
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
 
 from vfsmap.errors import (
     Denied,
@@ -130,7 +130,7 @@ class Window:
             error = self._translated(exc)  # counts mappings, so it comes before they go
             self._unmap()
             raise error from exc
-        except VfsmapError:
+        except BaseException:
             self._unmap()
             raise
 
@@ -169,13 +169,15 @@ class Window:
         except ImportError as exc:
             raise Unsupported("array() needs numpy; install vfsmap[numpy]") from exc
         kind = numpy.dtype(dtype)
+        if not kind.itemsize or kind.hasobject:
+            raise Invalid(f"items of {kind} have no bytes of their own in a window")
         if shape is None:
             count = self.length // kind.itemsize
             shape = (count,)
         else:
             shape = (operator.index(shape),) if not isinstance(shape, tuple | list) else shape
             count = int(numpy.prod(shape, dtype=object))
-        if count < 0 or count * kind.itemsize > self.length:
+        if min(shape, default=0) < 0 or count * kind.itemsize > self.length:
             raise Invalid(f"{count} items of {kind.itemsize} bytes exceed {self.length} bytes")
         return numpy.frombuffer(self.view(), kind, count).reshape(shape)
 
@@ -271,6 +273,9 @@ class Window:
             self._unmap()
             if self.grantor is not None:
                 self.grantor.closed()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a window can't be copied or pickled: it is addresses; map the file again")
 
     def __enter__(self) -> Self:
         return self
