@@ -13,11 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import vfsmap
-from vfsmap.daemon.client import Client, close_all, connect
-from vfsmap.errors import Busy, Unsupported
+from vfsmap.daemon.client import Client, clients, close_all, connect
+from vfsmap.errors import Busy, Invalid, NoSpace, Unsupported
 from vfsmap.mapping.overlay import PrivateWindow
 from vfsmap.testing.commands import Server, served_pool
 from vfsmap.testing.commands import vfsmap as vfsmap_command
@@ -501,3 +502,63 @@ def test_stats_count_what_the_kernel_asked_for(server: Server, path: Path) -> No
     assert after["write"]["count"] - before["write"]["count"] == 10
     assert after["write"]["bytes"] - before["write"]["bytes"] == 40 * KIB
     assert after["write"]["time_ns"] > before["write"]["time_ns"]
+
+
+def test_a_sparse_file_larger_than_the_pool_is_shown_by_the_page_cache_and_fills_nothing(
+    server: Server,
+) -> None:
+    path = server.directory / "sparse"
+    with path.open("wb") as file:
+        file.write(b"hello")
+        file.truncate(1 << 40)
+    before = os.statvfs(server.directory).f_bfree
+    with vfsmap.map(path) as window:
+        assert not window.direct
+        assert bytes(window.view()[:6]) == b"hello\0"
+    with pytest.raises(NoSpace, match="are not allocated, and the pool has"):
+        vfsmap.map(path, direct=True)
+    with pytest.raises(NoSpace):
+        vfsmap.map(path, writable=True)
+    with connect(path) as client, path.open("r+b") as file, pytest.raises(NoSpace):
+        client.call("Allocate", (file.fileno(),), file=0, length=1 << 40)
+    assert os.statvfs(server.directory).f_bfree == before
+    path.unlink()
+
+
+def test_an_argument_that_makes_no_sense_leaves_other_windows_alone(path: Path) -> None:
+    with vfsmap.map(path, writable=True) as window:
+        with vfsmap.map(path, offset=numpy.int64(0), length=numpy.int32(5)) as other:
+            assert other.length == 5
+        for wrong in (4096.0, "1"):
+            with pytest.raises(TypeError):
+                vfsmap.map(path, offset=wrong)  # type: ignore[arg-type]
+        with pytest.raises(Invalid, match="no file is so long"):
+            vfsmap.map(path, offset=1 << 63)
+        with connect(path) as client:
+            with pytest.raises(TypeError):
+                client.call("Leases", what=object())
+            assert client.call("Leases")[0]["leases"]
+        window.publish()
+
+
+def map_as_nobody(path: Path) -> list[object]:
+    os.seteuid(65534)
+    try:
+        with vfsmap.map(path) as window:
+            return [window.direct, path.stat().st_dev in clients._by_device]
+    finally:
+        os.seteuid(0)
+
+
+def test_who_is_not_trusted_keeps_no_connection_and_asks_the_next_server_again() -> None:
+    with tmpfs(size="100M") as place:
+        place.chmod(0o755)
+        with served_pool(place, "64M") as own:
+            path = own.directory / "file"
+            path.write_bytes(b"hello")
+            assert map_as_nobody(path) == [False, False]
+            assert map_as_nobody(path) == [False, False]
+            own.unmount()
+            os.chown(own.pool, 65534, -1)  # the pool's owner is trusted
+            own.mount()
+            assert map_as_nobody(path) == [True, True]

@@ -1,9 +1,10 @@
 """From a path to a window: by the daemon where there is one, else by the page cache."""
 
 import errno
+import operator
 import os
 import stat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from vfsmap.daemon.client import (
     SEAL_XATTR,
@@ -14,13 +15,17 @@ from vfsmap.daemon.client import (
     mounter_of,
     why_no_daemon,
 )
+from vfsmap.daemon.varlink import INT_MAX
 from vfsmap.errors import (
+    Busy,
     DaemonUnreachable,
     Denied,
     Invalid,
     IsADirectory,
     MediumError,
     NameTooLong,
+    NoMemory,
+    NoSpace,
     NotADirectory,
     NotFound,
     ProtocolError,
@@ -120,8 +125,8 @@ def map(
     path: str | os.PathLike[str],
     *,
     writable: bool = False,
-    offset: int = 0,
-    length: int | None = None,
+    offset: SupportsIndex = 0,
+    length: SupportsIndex | None = None,
     level: Level | None = None,
     populate: bool = False,
     direct: bool | None = None,
@@ -147,29 +152,33 @@ def map(
         Unsupported: ``level`` or ``direct`` can't be had; the message says why.
         NotFound, Denied, Invalid, Busy, NoSpace, Sealed: as the file system or the daemon says.
     """
-    if sealed and (writable or private):
-        raise Invalid("sealed=True takes a shared read window: leave writable and private out")
-    if writable and private:
-        raise Invalid("private=True has a window of its own kind: leave writable out")
-    if cow is not None and not private:
-        raise Invalid("cow is about private windows: give private=True as well")
-    if offset < 0 or (length is not None and length < 0):
-        raise Invalid(f"can't map {length} bytes at {offset}: neither can be negative")
     wanted = _Request(
-        os.fspath(path), writable, offset, length, level, populate, sealed, private, cow
+        os.fspath(path),
+        writable,
+        operator.index(offset),
+        None if length is None else operator.index(length),
+        level,
+        populate,
+        sealed,
+        private,
+        cow,
     )
+    _check(wanted)
     try:
-        status = os.stat(wanted.path)
-        if not stat.S_ISREG(status.st_mode):
-            raise Invalid(f"{wanted.path} is not a regular file")
+        device = _device_of(wanted.path)
         found: Window | str = "direct=False was given"
         if direct is not False:
-            found = _map_direct(wanted, status.st_dev)
+            try:
+                found = _map_direct(wanted, device)
+            except NoSpace as exc:
+                if writable or direct:
+                    raise
+                found = str(exc)  # the page cache shows zeros without having them allocated
             if isinstance(found, Window):
                 return found
             if direct:
                 raise Unsupported(f"{wanted.path} can't be mapped directly: {found}")
-        if level not in (None, PTE) and mounter_of(status.st_dev) is not None:
+        if level not in (None, PTE) and mounter_of(device) is not None:
             raise Unsupported(
                 f"{wanted.path} can't be mapped by entries of {format_size(level.size)}: through a "
                 f"mount they have 4K, and {found}"
@@ -177,6 +186,36 @@ def map(
         return _map_cached(wanted)
     except OSError as exc:
         raise _refused(exc, wanted.path) from exc
+
+
+def _check(wanted: _Request) -> None:
+    """Refuse what can't be meant."""
+    offset, length = wanted.offset, wanted.length
+    if wanted.sealed and (wanted.writable or wanted.private):
+        raise Invalid("sealed=True takes a shared read window: leave writable and private out")
+    if wanted.writable and wanted.private:
+        raise Invalid("private=True has a window of its own kind: leave writable out")
+    if wanted.cow is not None and not wanted.private:
+        raise Invalid("cow is about private windows: give private=True as well")
+    if offset < 0 or (length is not None and length < 0):
+        raise Invalid(f"can't map {length} bytes at {offset}: neither can be negative")
+    if offset + (length or 0) > INT_MAX:
+        raise Invalid(f"can't map {length or 0} bytes at {offset}: no file is so long")
+
+
+def _device_of(path: str) -> int:
+    """Return the device number of a regular file.
+
+    Raises:
+        IsADirectory, Invalid: it is none.
+        OSError: it can't be looked at.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectory(f"{path} is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise Invalid(f"{path} is not a regular file")
+    return status.st_dev
 
 
 def _map_direct(wanted: _Request, device: int) -> Window | str:
@@ -190,13 +229,13 @@ def _map_direct(wanted: _Request, device: int) -> Window | str:
         client = clients.get(wanted.path, device)
         if client is None:
             return why_no_daemon(device)
-        if client.distrust:
-            return client.distrust
+        if isinstance(client, str):
+            return client
         try:
             return _granted(client, wanted)
         except Untrusted as exc:
-            client.distrust = str(exc)
-            return client.distrust
+            clients.distrust(client, device, str(exc))
+            return str(exc)
         except DaemonUnreachable:  # the connection may have been to one that has gone meanwhile
             clients.drop(client)
             if last:
@@ -220,6 +259,7 @@ def _granted(client: Client, wanted: _Request) -> Window:
         answer, descriptors = client.call("Map", (fd,), **parameters)
     finally:
         os.close(fd)
+    grantor = None
     try:
         grantor = _Leased(client, answer["lease"])
         window = wanted.window(
@@ -229,10 +269,11 @@ def _granted(client: Client, wanted: _Request) -> Window:
             medium_of(answer["medium"]),
             grantor,
         )
-    except (LookupError, TypeError) as exc:
-        raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
-    except VfsmapError:
-        grantor.closed()
+    except BaseException as exc:
+        if grantor is not None:
+            grantor.closed()
+        if isinstance(exc, LookupError | TypeError):
+            raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
         raise
     finally:
         close_all(descriptors)
@@ -277,6 +318,11 @@ def _refused(exc: OSError, path: str) -> VfsmapError:
         errno.ENAMETOOLONG: NameTooLong,
         errno.EROFS: ReadOnly,
         errno.EIO: MediumError,
+        errno.EBUSY: Busy,
+        errno.ENOSPC: NoSpace,
+        errno.EMFILE: NoMemory,
+        errno.ENFILE: NoMemory,
+        errno.ENOMEM: NoMemory,
     }
     if exc.errno == errno.EPERM and _is_sealed(path):
         return Sealed(f"{path} is sealed: its content can't change any more")

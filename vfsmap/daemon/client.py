@@ -33,13 +33,13 @@ from vfsmap.daemon.varlink import (
 )
 from vfsmap.errors import DaemonUnreachable, Invalid, NotFound, ProtocolError, VfsmapError
 from vfsmap.pmem import Commit, Medium, libc
+from vfsmap.pmem.mountinfo import mount_of
 
 SEAL_XATTR: Final = "user.vfsmap.seal"
 SOCKET_XATTR: Final = "user.vfsmap.socket"
 _RECEIVE: Final = 1 << 18
 _FILESYSTEM_TYPE: Final = "fuse.vfsmap"
 _FOLLOWED_TYPE: Final = "fuse.vfsmap-follow"
-_MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
 # plain numbers: arithmetic with the enumerations of the socket module takes longer than a call
 _CLOEXEC: Final = int(socket.MSG_CMSG_CLOEXEC)
@@ -58,8 +58,6 @@ class Client:
             DaemonUnreachable: nobody listens there.
         """
         self.path = Path(path)
-        self.distrust = ""
-        """Why the daemon does not trust this process, once it has said so."""
         self._lock = threading.Lock()
         self._releases: deque[dict[str, Any]] = deque()
         self._framer = Framer(REPLY_MAX, KERNEL_DESCRIPTORS_MAX)
@@ -167,8 +165,9 @@ class Client:
     def _exchange(
         self, method: str, descriptors: tuple[int, ...], parameters: dict[str, Any]
     ) -> tuple[RawReply, list[int]]:
+        call = Call(f"{INTERFACE}.{method}", encode_parameters(parameters))
         try:
-            self._send(Call(f"{INTERFACE}.{method}", encode_parameters(parameters)), descriptors)
+            self._send(call, descriptors)
             message = self._receive()
         except BaseException:
             self.close()  # a reply that nobody waits for must not answer the next call
@@ -238,6 +237,7 @@ class Clients:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_device: dict[int, Client] = {}
+        self._distrust: dict[int, tuple[Path, int, str]] = {}
         self.forks = 0
         """How often this process has forked: a child may have inherited what was mapped before."""
 
@@ -246,12 +246,19 @@ class Clients:
         self._lock = threading.Lock()
         self._by_device = {}
 
-    def get(self, path: str, device: int) -> Client | None:
+    def get(self, path: str, device: int) -> Client | str | None:
         """Return the connection to the daemon of a file's mount, or None: there is none.
+
+        Or why it does not trust this process, as it has said.
 
         Raises:
             DaemonUnreachable: there should be one, but it does not answer.
         """
+        if device in self._distrust:
+            socket_path, made, reason = self._distrust[device]
+            if _made_ns(socket_path) == made:
+                return reason
+            del self._distrust[device]  # another daemon may trust it
         client = self._by_device.get(device)
         if client is None:
             client = _find(path, device)
@@ -259,6 +266,14 @@ class Clients:
                 with self._lock:
                     client = self._by_device.setdefault(device, client)  # else: another thread's
         return client
+
+    def distrust(self, client: Client, device: int, reason: str) -> None:
+        """Remember that a daemon does not trust this process, and hang up: others need the place.
+
+        It is asked again when it has made its socket anew.
+        """
+        self._distrust[device] = client.path, _made_ns(client.path), reason
+        self.drop(client)
 
     def drop(self, client: Client) -> None:
         """Forget a connection that is broken."""
@@ -271,6 +286,13 @@ class Clients:
 
 _all_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
 clients: Final = Clients()
+
+
+def _made_ns(path: Path) -> int:
+    try:
+        return path.stat().st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _before_fork() -> None:
@@ -334,29 +356,19 @@ def _find(path: str | Path, device: int) -> Client | None:
 
 def mounter_of(device: int) -> int | None:
     """Return the user that mounted the pool with this device number, or None: it is no pool."""
-    kind, options = _mount_of(device)
-    if kind != _FILESYSTEM_TYPE:
+    mount = mount_of(device)
+    if mount is None or mount.kind != _FILESYSTEM_TYPE:
         return None
-    users = [o.removeprefix("user_id=") for o in options.split(",") if "user_id=" in o]
+    users = [o.removeprefix("user_id=") for o in mount.options.split(",") if "user_id=" in o]
     return int(users[0]) if users else 0
 
 
 def why_no_daemon(device: int) -> str:
     """Return why no mapping daemon is asked about files of this device number."""
-    if _mount_of(device)[0] == _FOLLOWED_TYPE:
+    mount = mount_of(device)
+    if mount is not None and mount.kind == _FOLLOWED_TYPE:
         return "the mount follows another process, which alone can map: use that one's mount"
     return "it is not on a mounted pool"
-
-
-def _mount_of(device: int) -> tuple[str, str]:
-    """Return the type and the options of the file system with this device number."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in _MOUNTINFO.read_text().splitlines():
-        fields = line.split(" ")
-        if fields[2] == wanted:
-            kind, _, options = fields[fields.index("-") + 1 :][:3]
-            return kind, options
-    return "", ""
 
 
 def medium_of(medium: dict[str, Any]) -> Medium:

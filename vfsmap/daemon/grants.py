@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from vfsmap.daemon.files import require_uncached
-from vfsmap.errors import Invalid, MediumError, TooManyMappings, Unsupported
+from vfsmap.errors import Invalid, MediumError, NoSpace, TooManyMappings, Unsupported
 from vfsmap.fs import FileSystem, Inode
 from vfsmap.mapping.lease import LEASES_MAX, Holder, Lease, LeaseTable
 from vfsmap.units import LEVELS, MIB, PMD, PTE, Extent, Level, align_down, align_up, format_size
@@ -165,6 +165,7 @@ class Grants:
         Crash: a first part of the range is allocated.
         """
         fs = self._fs
+        self._require_room(ino, offset, offset + length)
         slice_ = max(_SLICE, level.size if level else 0)
         at, end = offset, offset + length
         while True:
@@ -174,6 +175,20 @@ class Grants:
             if at >= end:
                 return inode
             await trio.lowlevel.checkpoint()
+
+    def _require_room(self, ino: int, offset: int, end: int) -> None:
+        """Refuse what surely has no room before the first slice takes what there is."""
+        held = 0
+        for extent in self._fs.extents(ino, offset, end - offset):
+            held += min(extent.offset + extent.length, end) - max(extent.offset, offset)
+        missing, space = end - offset - held, self._fs.pool.space
+        if missing > space.free_bytes:
+            self._fs.end_stale_pins()
+        if missing > space.free_bytes:
+            raise NoSpace(
+                f"{format_size(missing)} of the range are not allocated, and the pool has "
+                f"{format_size(space.free_bytes)} free; delete something, or resize the pool"
+            )
 
     def _reach(self, inode: Inode, offset: int, length: int, level: int) -> tuple[int, int]:
         """Return the range in whole units, so that the file's end can be huge, too."""
