@@ -59,7 +59,7 @@ def events(directory: Path, as_json: bool) -> None:
             lease = f" lease {event['lease']}" if event.get("lease") else ""
             inode = f" inode {event['inode']}" if event.get("inode") else ""
             who = f" by process {event['pid']}, user {event['uid']}"
-            detail = f": {event['detail']}" if event["detail"] else ""
+            detail = f": {event['detail']}" if event.get("detail") else ""
             print(
                 f"{_clock(event['time_ns'])} {event['kind']}{lease}{inode}{who}{detail}", flush=True
             )
