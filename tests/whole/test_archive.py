@@ -409,6 +409,20 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
         assert "archive" in refused(tmp_path / "back", tmp_path / "x", 3)
 
 
+def test_what_is_no_regular_file_is_not_replaced_by_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for target in (tmp_path / "fifo", Path("/dev/full")):
+        refused = vfsmap("export", tmp_path / "tree", target, check=False)
+        assert refused.returncode == 2
+        assert "is not a regular file; - writes to standard output" in refused.stderr
+    assert Path("/dev/full").is_char_device()
+    (tmp_path / "link").symlink_to("archive")
+    vfsmap("export", tmp_path / "tree", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "archive").is_file()
+
+
 def test_an_archive_inside_the_tree_that_it_is_to_hold_is_refused(tmp_path: Path) -> None:
     done = vfsmap("export", tmp_path, tmp_path / "a.tar", check=False)
     assert done.returncode == 2

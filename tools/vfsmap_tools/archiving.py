@@ -45,10 +45,15 @@ def export(directory: Path, archive_path: Path, quiet: bool, as_json: bool) -> N
     if archive_path == _STANDARD:
         if as_json:
             raise Invalid("--json and an archive on standard output: leave one out")
+        if sys.stdout is None:
+            raise Invalid("standard output is closed")
         _report(_export(directory, sys.stdout.buffer, None, quiet=quiet), as_json=None)
         sys.stdout.buffer.flush()
         return
-    if archive_path.resolve().is_relative_to(directory.resolve()):
+    archive_path = Path(os.path.realpath(archive_path))
+    if archive_path.exists() and not archive_path.is_file():
+        raise Invalid(f"{archive_path} is not a regular file; - writes to standard output")
+    if archive_path.is_relative_to(directory.resolve()):
         raise Invalid(f"{archive_path} lies inside {directory}, which it is to hold")
     unfinished = archive_path.with_name(archive_path.name + ".part")
     # of a descriptor
