@@ -434,3 +434,68 @@ def test_noatime_leaves_the_time_of_access_alone() -> None:
         assert path.read_bytes() == b"x" * 5000
         assert list(served.directory.iterdir()) == [path]
         assert path.stat().st_atime_ns == 1_000
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_events_are_told_from_the_first_on(server: Server, as_json: bool) -> None:
+    words = ["--json"] * as_json
+    command = [sys.executable, "-m", "vfsmap_tools.cli", "events", *words, str(server.directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "ready" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+
+
+def test_holes_stay_holes_when_a_file_is_copied(server: Server, tmp_path: Path) -> None:
+    source, target = tmp_path / "sparse", server.directory / "sparse"
+    with source.open("wb") as file:
+        file.truncate(8 << 30)  # more than the pool holds
+        for at in (0, 3 << 20, (8 << 30) - 5):
+            file.seek(at)
+            file.write(b"bytes")
+    vfsmap("cp", "-q", source, target)
+    assert target.stat().st_size == 8 << 30
+    assert target.stat().st_blocks * 512 < 16 << 20
+    with target.open("rb") as copied:
+        for at in (0, 3 << 20, (8 << 30) - 5):
+            copied.seek(at)
+            assert copied.read(5) == b"bytes"
+        copied.seek(1 << 20)
+        assert copied.read(4096) == bytes(4096)
+    target.unlink()
+
+
+def test_a_sealed_file_is_not_replaced_by_a_copy(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    target = server.directory / "sealed-for-ever"
+    target.write_bytes(b"old")
+    vfsmap("seal", target)
+    refused = vfsmap("cp", "-q", tmp_path / "new", target, check=False)
+    assert refused.returncode == 1
+    assert "is sealed; to have another file of that name, delete it first" in refused.stderr
+    assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_copy_that_is_ended_leaves_nothing_half_done(
+    server: Server, tmp_path: Path, name: str
+) -> None:
+    target = server.directory / f"ended-by-{name}"
+    target.mkdir()
+    (tmp_path / "large").write_bytes(bytes(1 << 20))
+    script = (
+        "import os, signal, sys\n"
+        "from vfsmap_tools import copying\n"
+        "from vfsmap_tools.cli import main\n"
+        "number = getattr(signal, sys.argv.pop())\n"
+        "def ended(*_): os.kill(os.getpid(), number)\n"
+        "copying.Copier._copy_attributes = ended\n"
+        "sys.argv[1:1] = ['cp', '-q']\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "large"), str(target), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "vfsmap: interrupted"
+    assert list(target.iterdir()) == []

@@ -100,7 +100,7 @@ def errors_exit(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(1)
         except OSError as exc:
             where = f"{exc.filename}: " if exc.filename else ""
-            hint = f"; {_HINTS[exc.errno]}" if exc.errno in _HINTS else ""
+            hint = f"; {_HINTS[exc.errno]}" if exc.filename and exc.errno in _HINTS else ""
             complain(f"{where}{exc.strerror or exc}{hint}")
             sys.exit(1)
 
@@ -109,16 +109,21 @@ def errors_exit(command: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Have SIGTERM end the block as SIGINT does, by KeyboardInterrupt, so that it can clean up."""
+    """Have SIGTERM and SIGHUP end the block as SIGINT does, so that it can clean up."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {one: signal.getsignal(one) for one in signals}
     try:
+        for one, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(one, interrupt)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def print_json(value: object) -> None:

@@ -1,18 +1,22 @@
 """The command ``cp``: real files into a pool, with hints and seals."""
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import click
 from rich.progress import Progress, TaskID
 
 from vfsmap.daemon.client import SEAL_XATTR, mounter_of
-from vfsmap.errors import Exists, Invalid, NotFound
+from vfsmap.errors import Exists, Invalid, NotFound, Sealed
 from vfsmap.units import Level, format_size
-from vfsmap_tools.console import LEVEL, errors_exit, progress
+from vfsmap_tools.console import LEVEL, errors_exit, interruptible, progress
+from vfsmap_tools.fiemap import data_ranges
 
 PATH = click.Path(path_type=Path)
 ALIGN_XATTR = "user.vfsmap.align"
@@ -46,7 +50,7 @@ def cp(
     if len(sources) > 1 and not inside:
         raise Invalid(f"{destination} must be a directory to take {len(sources)} sources")
     pairs = [(s, destination / s.name if inside else destination) for s in sources]
-    with progress(hidden=quiet) as bar:
+    with interruptible(), progress(hidden=quiet) as bar:
         copier = Copier(bar, align, seal=seal)
         copier.total(sum(size for source, _ in pairs for size in _sizes(source)))
         for source, target in pairs:
@@ -82,6 +86,12 @@ def _require_other(source: Path, status: os.stat_result, target: Path) -> None:
         raise Invalid(f"{source} and {target} are the same file")
     if stat.S_ISDIR(status.st_mode) and source.resolve() in target.resolve().parents:
         raise Invalid(f"{target} is inside {source}; copy it to another place")
+
+
+def _require_unsealed(target: Path) -> None:
+    with suppress(OSError):
+        os.getxattr(target, SEAL_XATTR, follow_symlinks=False)
+        raise Sealed(f"{target} is sealed; to have another file of that name, delete it first")
 
 
 class Copier:
@@ -122,6 +132,8 @@ class Copier:
             return
         if target.is_dir() and not target.is_symlink():
             raise Exists(f"{target} is a directory")
+        if os.path.lexists(target):
+            _require_unsealed(target)
         beside = target.with_name(f".vfsmap-cp-{os.getpid()}")
         try:
             self._copy_leaf(source, beside, status)
@@ -140,23 +152,41 @@ class Copier:
     def _copy_leaf(self, source: Path, target: Path, status: os.stat_result) -> None:
         mode = status.st_mode
         if stat.S_ISREG(mode):
-            self._copy_bytes(source, target)
+            self._copy_bytes(source, target, status)
         elif stat.S_ISLNK(mode):
             target.symlink_to(source.readlink())
         else:
             os.mknod(target, mode, status.st_rdev)
 
-    def _copy_bytes(self, source: Path, target: Path) -> None:
+    def _copy_bytes(self, source: Path, target: Path, status: os.stat_result) -> None:
+        """Copy what a file holds; its holes stay holes, unless units are asked for."""
         with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
             if self._align is not None:
                 hint = format_size(self._align.size).encode()
                 os.setxattr(writer.fileno(), ALIGN_XATTR, hint)
-            buffer = memoryview(bytearray(_PIECE))
-            while got := reader.readinto(buffer):
-                done = 0
-                while done < got:
-                    done += writer.write(buffer[done:got]) or 0
-                self._bar.advance(self._task, got)
+            size = status.st_size
+            if self._align is not None or status.st_blocks * 512 >= size:
+                self._copy_run(reader, writer, math.inf)
+                return
+            writer.truncate(size)
+            at = 0
+            for start, end in data_ranges(reader.fileno(), size):
+                self._bar.advance(self._task, start - at)
+                reader.seek(start)
+                writer.seek(start)
+                self._copy_run(reader, writer, end - start)
+                at = end
+            self._bar.advance(self._task, size - at)
+
+    def _copy_run(self, reader: FileIO, writer: FileIO, length: float) -> None:
+        """Copy so many bytes from where the files are, or all that are left."""
+        buffer = memoryview(bytearray(_PIECE))
+        while length > 0 and (got := reader.readinto(buffer[: int(min(length, _PIECE))])):
+            done = 0
+            while done < got:
+                done += writer.write(buffer[done:got]) or 0
+            self._bar.advance(self._task, got)
+            length -= got
 
     def _copy_attributes(self, source: Path, target: Path, status: os.stat_result) -> None:
         if os.geteuid() == 0:
