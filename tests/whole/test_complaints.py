@@ -4,6 +4,8 @@ tests/whole/test_commands.py has more of them, for pools, mounts and sockets.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,3 +192,20 @@ def test_a_file_is_sealed_once_and_never_written_again(server: Server) -> None:
     vfsmap("seal", path)
     assert f"vfsmap verify {path}" in complaint("seal", path, code=1)
     assert f"{path} is sealed" in complaint("map", path, "--write", code=1)
+
+
+@pytest.mark.parametrize("label", ["a\nb", "\x1b[31m", "\udcff"])
+def test_a_label_that_can_not_be_printed_is_refused(tmp_path: Path, label: str) -> None:
+    said = vfsmap("format", tmp_path / "p", "--size", "64M", "--label", label, check=False)
+    assert said.returncode == 2
+    assert "only characters that can be printed" in said.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_standard_output_that_is_full_is_named() -> None:
+    command = [sys.executable, "-m", "vfsmap_tools.cli", "--help"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123 as a shell does it
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -37,6 +37,8 @@ _COMMANDS = {
 }
 """Each command and the module of this package that holds it, in the order of ``--help``."""
 
+_INTERRUPTED = 130
+"""What a shell says of a program that SIGINT has ended."""
 _HELPERS = {"mount.fuse.vfsmap": "helper", "umount.fuse.vfsmap": "helper"}
 """Commands for mount(8) and umount(8), which nobody types."""
 
@@ -76,13 +78,15 @@ class Lazy(click.Group):
             exc.show()
             code = exc.exit_code
         except click.ClickException as exc:
-            from vfsmap_tools.console import complain  # here, not above: --version needs it not
-
             context = getattr(exc, "ctx", None)
             see = f"; see: {context.command_path} --help" if context else ""
-            complain(" ".join(exc.format_message().split()).rstrip(".") + see)
+            _complain(" ".join(exc.format_message().split()).rstrip(".") + see)
             code = exc.exit_code
         except click.Abort:
+            _complain("interrupted")
+            code = _INTERRUPTED
+        except OSError as exc:  # commands tell of their own; this is help, or a version
+            _complain(f"standard output: {exc.strerror}")
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -97,6 +101,12 @@ class Lazy(click.Group):
         command: Any = getattr(module, attribute)
         assert isinstance(command, click.Command)
         return command
+
+
+def _complain(text: str) -> None:
+    from vfsmap_tools.console import complain  # here, not above: --version needs it not
+
+    complain(text)
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from vfsmap.errors import Busy, Invalid, NotADirectory, NotFound, VfsmapError
+from vfsmap.pmem.files import open_file
 from vfsmap_tools.console import complain, errors_exit
 from vfsmap_tools.logs import is_journal, log_to
 from vfsmap_tools.mounts import find_mount, mounted_pools
@@ -203,8 +204,11 @@ def wait_until_free(pool: Path, patience: int = _PATIENCE) -> None:
     old = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(patience)
     try:
-        with pool.open("rb") as file:
-            flock(file, LOCK_SH)
+        fd = open_file(pool, os.O_RDONLY)
+        try:
+            flock(fd, LOCK_SH)
+        finally:
+            os.close(fd)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)

@@ -142,6 +142,8 @@ class Pool:
         if size < MINIMUM_SIZE:
             least = format_size(MINIMUM_SIZE)
             raise Invalid(f"a pool needs at least {least}, not {format_size(size)}")
+        if not label.isprintable():
+            raise Invalid(f"label {label!r}: only characters that can be printed are allowed")
         if len(label.encode()) > _LABEL_BYTES:
             raise Invalid(f"label {label!r} is longer than {_LABEL_BYTES} bytes")
         existed = Path(path).exists()
@@ -389,8 +391,12 @@ class Pool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: object, trace: object) -> None:
+        try:
+            self.close()
+        except BufferError:  # of views that the error's traceback holds
+            if error is None:
+                raise
 
 
 def format_pmem(pmem: Pmem, *, label: str = "", level: Level = PMD, log: int = 0) -> None:
