@@ -128,12 +128,14 @@ class TextGuard:
         return self.apply([Poke(address, new, expected)])
 
     def apply(self, pokes: Sequence[Poke]) -> int:
-        """Store many pokes, each block copied once; all or none; return the bytes copied.
+        """Store many pokes, each block copied once; return the bytes copied.
 
-        Of pokes that overlap the later one wins.
+        All are stored or none, unless memory or mappings run out in the middle.  Of pokes that
+        overlap the later one wins.
 
         Raises:
             Sealed: the policy is to refuse; every poke was reported.
+            NoMemory, TooManyMappings: the first ones are stored.
             Invalid: as :meth:`poke`.
         """
         with self.window.view() as view:

@@ -15,7 +15,7 @@ import pytest
 
 import vfsmap
 from vfsmap.daemon.client import Client, connect
-from vfsmap.errors import Busy, Denied, Invalid, NotFound, Sealed, Unsupported
+from vfsmap.errors import Busy, Denied, Invalid, IsADirectory, NotFound, Sealed, Unsupported
 from vfsmap.pmem import libc
 from vfsmap.pmem.pages import page_sizes
 from vfsmap.testing.commands import Server, served_pool
@@ -462,5 +462,5 @@ def test_files_elsewhere_are_mapped_through_the_page_cache(tmp_path: Path) -> No
         vfsmap.map(path, direct=True)
     with pytest.raises(NotFound, match="missing"):
         vfsmap.map(tmp_path / "missing")
-    with pytest.raises(Invalid):
+    with pytest.raises(IsADirectory):
         vfsmap.map(tmp_path)

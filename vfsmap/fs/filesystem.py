@@ -191,12 +191,8 @@ class FileSystem(Names, Data, Seals, Xattrs):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, _: object, error: object, trace: object) -> None:
-        try:
-            self.close()
-        except BufferError:  # of views that the error's traceback holds
-            if error is None:
-                raise
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _overlaps(runs: list[Run], start: int, length: int) -> bool:
