@@ -489,6 +489,7 @@ def test_a_copy_that_is_ended_leaves_nothing_half_done(
         "from vfsmap_tools import copying\n"
         "from vfsmap_tools.cli import main\n"
         "number = getattr(signal, sys.argv.pop())\n"
+        "if number != signal.SIGINT: signal.signal(number, signal.SIG_DFL)  # nohup may run us\n"
         "def ended(*_): os.kill(os.getpid(), number)\n"
         "copying.Copier._copy_attributes = ended\n"
         "sys.argv[1:1] = ['cp', '-q']\n"
