@@ -117,7 +117,7 @@ def main() -> None:
     A pool is a file that holds a crash-consistent file system; mount it, and map any of its files
     straight out of the pool.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a damaged pool or file.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a damaged pool or file, 130 interrupted.
     """
 
 

@@ -245,6 +245,7 @@ class Clients:
         """Start anew, in a forked child."""
         self._lock = threading.Lock()
         self._by_device = {}
+        self._distrust = {}  # it may become another user
 
     def get(self, path: str, device: int) -> Client | str | None:
         """Return the connection to the daemon of a file's mount, or None: there is none.
@@ -254,11 +255,11 @@ class Clients:
         Raises:
             DaemonUnreachable: there should be one, but it does not answer.
         """
-        if device in self._distrust:
-            socket_path, made, reason = self._distrust[device]
+        if (known := self._distrust.get(device)) is not None:
+            socket_path, made, reason = known
             if _made_ns(socket_path) == made:
                 return reason
-            del self._distrust[device]  # another daemon may trust it
+            self._distrust.pop(device, None)  # another daemon may trust it
         client = self._by_device.get(device)
         if client is None:
             client = _find(path, device)
