@@ -500,3 +500,16 @@ def test_a_copy_that_is_ended_leaves_nothing_half_done(
     assert done.returncode == 130
     assert done.stderr.strip() == "vfsmap: interrupted"
     assert list(target.iterdir()) == []
+
+
+def test_files_are_sealed_and_told_whatever_their_names(server: Server) -> None:
+    directory = server.make_directory("odd-names")
+    odd = os.path.join(os.fsencode(directory), b"odd\xff")
+    for path in (os.fsencode(directory / "plain"), odd):
+        Path(os.fsdecode(path)).write_bytes(b"content")
+    command: list[str | bytes] = [sys.executable, "-m", "vfsmap_tools.cli", "seal", odd]
+    told = subprocess.run(command, capture_output=True, check=True).stdout
+    assert told.startswith(b"sha256:")
+    assert told.endswith(b" " + odd + b"\n")
+    (row,) = json.loads(vfsmap("seal", "--json", directory / "plain").stdout)
+    assert row == {"file": str(directory / "plain"), "digest": told.split()[0].decode()}

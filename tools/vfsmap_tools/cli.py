@@ -1,6 +1,7 @@
 """The command ``vfsmap``: its subcommands, each imported when it is called."""
 
 import importlib
+import io
 import sys
 from pathlib import PurePath
 from typing import Any
@@ -72,6 +73,8 @@ class Lazy(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run what was typed; say in one line what was wrong with it."""
         extra["standalone_mode"] = False
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have any bytes
+            sys.stdout.reconfigure(errors="surrogateescape")
         try:
             code = super().main(*args, **extra)
         except click.exceptions.NoArgsIsHelpError as exc:

@@ -12,7 +12,7 @@ from vfsmap.errors import Damaged, Exists, Invalid
 from vfsmap.mapping.window import Window
 from vfsmap.units import KIB, MIB, Extent
 from vfsmap.verity import ALGORITHMS, Descriptor, Parameters, Verifier, blocks
-from vfsmap_tools.console import SIZE, errors_exit, json_option, print_facts, progress
+from vfsmap_tools.console import SIZE, errors_exit, json_option, print_facts, print_json, progress
 from vfsmap_tools.copying import require_on_pool
 
 PATH = click.Path(path_type=Path)
@@ -27,22 +27,35 @@ _MOST_NAMED = 20
 )
 @click.option("--block-size", type=SIZE, default=4 * KIB, help="What is hashed at once: 4K.")
 @click.option("--salt", default="", metavar="HEX", help="Up to 32 bytes that go before each block.")
+@json_option
 @errors_exit
-def seal(files: tuple[Path, ...], hash_alg: str, block_size: int, salt: str) -> None:
+def seal(files: tuple[Path, ...], hash_alg: str, block_size: int, salt: str, as_json: bool) -> None:
     """Fix the content of files for ever, and print their digests.
 
     The digest is that of fs-verity: what `fsverity digest FILE` prints, with the same options.
     """
     wanted = Parameters.decode(f"hash={hash_alg} block={block_size} salt={salt}")
-    for file in files:
-        require_on_pool(file)
-        if file.is_dir():
-            raise Invalid(f"{file} is a directory; name files to seal")
-        try:
-            os.setxattr(file, SEAL_XATTR, wanted.encode().encode())
-        except FileExistsError as exc:
-            raise Exists(f"{file} is sealed already; check it with: vfsmap verify {file}") from exc
-        print(f"{os.getxattr(file, SEAL_XATTR).decode()} {file}")
+    sealed: list[dict[str, str]] = []
+    try:
+        for file in files:
+            sealed.append({"file": str(file), "digest": _sealed(file, wanted)})
+            if not as_json:
+                print(f"{sealed[-1]['digest']} {file}")
+    finally:
+        if as_json:
+            print_json(sealed)
+
+
+def _sealed(file: Path, wanted: Parameters) -> str:
+    """Seal a file; return its digest."""
+    require_on_pool(file)
+    if file.is_dir():
+        raise Invalid(f"{file} is a directory; name files to seal")
+    try:
+        os.setxattr(file, SEAL_XATTR, wanted.encode().encode())
+    except FileExistsError as exc:
+        raise Exists(f"{file} is sealed already; check it with: vfsmap verify {file}") from exc
+    return os.getxattr(file, SEAL_XATTR).decode()
 
 
 @click.command("verify")
