@@ -1,6 +1,8 @@
 import os
 import random
+import select
 import threading
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -118,3 +120,18 @@ def test_what_close_complains_about_is_the_senders_business() -> None:
     os.close(spare)
     Closer().close(GOOD, [spare, writer])
     wait_for_end(reader)
+
+
+def test_a_descriptor_that_comes_alone_is_closed_before_any_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(closer, "time", SimpleNamespace(sleep=lambda _: goes_on.wait()))
+    reader, writer = os.pipe()
+    Closer().close(0, [writer])
+    try:
+        assert select.select([reader], [], [], 30)[0]
+        assert os.read(reader, 1) == b""
+    finally:
+        goes_on.set()
+        os.close(reader)

@@ -37,12 +37,14 @@ class Closer:
         for fd in descriptors:
             with self._lock:
                 waiting = self._queues.get(uid)
-                if waiting is None:
-                    waiting = self._queues[uid] = queue.SimpleQueue()
-                    threading.Thread(
-                        target=self._run, args=(uid, waiting), name="closer", daemon=True
-                    ).start()
-                waiting.put(fd)
+                if waiting is not None:
+                    waiting.put(fd)
+                    continue
+                waiting = self._queues[uid] = queue.SimpleQueue()
+                waiting.put(fd)  # before there is a thread, which would pause first
+                threading.Thread(
+                    target=self._run, args=(uid, waiting), name="closer", daemon=True
+                ).start()
 
     def is_choked(self, uid: int) -> bool:
         """Tell whether a user, or all users together, have too much waiting to be closed."""
@@ -54,12 +56,12 @@ class Closer:
     def _run(self, uid: int, waiting: "queue.SimpleQueue[int]") -> None:
         idle = 0
         while idle < _IDLE_TURNS or self._sleep(uid, waiting):
-            # while calls come thick and fast, waking this thread for each would slow them all down
-            time.sleep(_TURN)
             idle += 1
             while not waiting.empty():
                 idle = 0
                 _close_all([waiting.get() for _ in range(min(waiting.qsize(), _BATCH))])
+            # while calls come thick and fast, waking this thread for each would slow them all down
+            time.sleep(_TURN)
 
     def _sleep(self, uid: int, waiting: "queue.SimpleQueue[int]") -> bool:
         """Wait for a descriptor and close it; False: none came, and the thread is to end."""
