@@ -531,7 +531,7 @@ def test_an_argument_that_makes_no_sense_leaves_other_windows_alone(path: Path) 
             assert other.length == 5
         for wrong in (4096.0, "1"):
             with pytest.raises(TypeError):
-                vfsmap.map(path, offset=wrong)  # type: ignore[arg-type]
+                vfsmap.map(path, offset=wrong)  # type: ignore[arg-type]  # that is what is tried
         with pytest.raises(Invalid, match="no file is so long"):
             vfsmap.map(path, offset=1 << 63)
         with connect(path) as client:

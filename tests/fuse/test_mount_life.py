@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from vfsmap.errors import Invalid
+from vfsmap.pmem.mountinfo import mounts
 from vfsmap.testing.posix import STRANGER, as_user, refused
 from vfsmap.testing.serve import Server, served
 from vfsmap.testing.waiting import WHENEVER, wait_until, wake_up_limit
@@ -50,12 +51,8 @@ def content(root: Path) -> dict[str, bytes]:
 
 
 def test_a_mount_is_known_by_its_pool_and_type(server: Server) -> None:
-    line = next(
-        line
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if line.split()[4] == str(server.mountpoint)
-    )
-    assert line.split(" - ")[1].split()[:2] == ["fuse.vfsmap", str(server.pool)]
+    (found,) = (each for each in mounts() if each.directory == str(server.mountpoint))
+    assert (found.kind, found.source) == ("fuse.vfsmap", str(server.pool))
 
 
 def test_files_are_there_again_after_an_orderly_end(place: tuple[Path, Path]) -> None:

@@ -316,6 +316,19 @@ def test_a_socket_of_somebody_else_is_not_believed(
         client._find(tmp_path, 1)
 
 
+def test_a_lease_whose_descriptor_got_lost_is_given_back(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"hello")
+    peer.answers["Map"] = b'{"parameters":{"lease":7,"pool":0,"extents":[],"length":0}}\0'
+    with Client(peer.path) as one:
+        monkeypatch.setattr(client.clients, "get", lambda path, device: one)
+        with pytest.raises(ProtocolError, match="makes no sense"):
+            attach.map(path)
+        assert peer.seen[1:] == [("Release", {"lease": 7, "alone": True})]
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

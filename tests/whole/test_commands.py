@@ -474,6 +474,12 @@ def test_a_sealed_file_is_not_replaced_by_a_copy(server: Server, tmp_path: Path)
     refused = vfsmap("cp", "-q", tmp_path / "new", target, check=False)
     assert refused.returncode == 1
     assert "is sealed; to have another file of that name, delete it first" in refused.stderr
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/a").write_bytes(b"new")
+    (tmp_path / "tree/sealed-for-ever").hardlink_to(tmp_path / "tree/a")
+    sources = sorted((tmp_path / "tree").iterdir())
+    refused = vfsmap("cp", "-q", *sources, server.directory, check=False)
+    assert "is sealed" in refused.stderr
     assert target.read_bytes() == b"old"
 
 

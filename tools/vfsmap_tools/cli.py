@@ -89,7 +89,7 @@ class Lazy(click.Group):
             _complain("interrupted")
             code = _INTERRUPTED
         except OSError as exc:  # commands tell of their own; this is help, or a version
-            _complain(f"standard output: {exc.strerror}")
+            _complain(f"{exc.filename or 'standard output'}: {exc.strerror}")
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
 

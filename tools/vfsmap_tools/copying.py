@@ -5,7 +5,6 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -89,9 +88,11 @@ def _require_other(source: Path, status: os.stat_result, target: Path) -> None:
 
 
 def _require_unsealed(target: Path) -> None:
-    with suppress(OSError):
+    try:
         os.getxattr(target, SEAL_XATTR, follow_symlinks=False)
-        raise Sealed(f"{target} is sealed; to have another file of that name, delete it first")
+    except OSError:  # most often there is no such file, or no seal
+        return
+    raise Sealed(f"{target} is sealed; to have another file of that name, delete it first")
 
 
 class Copier:
@@ -119,6 +120,7 @@ class Copier:
         status = source.lstat()
         mode = status.st_mode
         _require_other(source, status, target)
+        _require_unsealed(target)
         first = self._linked.get((status.st_dev, status.st_ino))
         if first is not None:
             target.unlink(missing_ok=True)
@@ -132,8 +134,6 @@ class Copier:
             return
         if target.is_dir() and not target.is_symlink():
             raise Exists(f"{target} is a directory")
-        if os.path.lexists(target):
-            _require_unsealed(target)
         beside = target.with_name(f".vfsmap-cp-{os.getpid()}")
         try:
             self._copy_leaf(source, beside, status)

@@ -165,27 +165,37 @@ def map(
     )
     _check(wanted)
     try:
-        device = _device_of(wanted.path)
-        found: Window | str = "direct=False was given"
-        if direct is not False:
-            try:
-                found = _map_direct(wanted, device)
-            except NoSpace as exc:
-                if writable or direct:
-                    raise
-                found = str(exc)  # the page cache shows zeros without having them allocated
-            if isinstance(found, Window):
-                return found
-            if direct:
-                raise Unsupported(f"{wanted.path} can't be mapped directly: {found}")
-        if level not in (None, PTE) and mounter_of(device) is not None:
-            raise Unsupported(
-                f"{wanted.path} can't be mapped by entries of {format_size(level.size)}: through a "
-                f"mount they have 4K, and {found}"
-            )
-        return _map_cached(wanted)
+        return _map(wanted, direct=direct)
     except OSError as exc:
         raise _refused(exc, wanted.path) from exc
+
+
+def _map(wanted: _Request, *, direct: bool | None) -> Window:
+    """Map as :func:`map` was asked to.
+
+    Raises:
+        VfsmapError: as :func:`map`.
+        OSError: the file can't be looked at or opened.
+    """
+    device = _device_of(wanted.path)
+    found: Window | str = "direct=False was given"
+    if direct is not False:
+        try:
+            found = _map_direct(wanted, device)
+        except NoSpace as exc:
+            if wanted.writable or direct:
+                raise
+            found = str(exc)  # the page cache shows zeros without having them allocated
+        if isinstance(found, Window):
+            return found
+        if direct:
+            raise Unsupported(f"{wanted.path} can't be mapped directly: {found}")
+    if wanted.level not in (None, PTE) and mounter_of(device) is not None:
+        raise Unsupported(
+            f"{wanted.path} can't be mapped by entries of {format_size(wanted.level.size)}: "
+            f"through a mount they have 4K, and {found}"
+        )
+    return _map_cached(wanted)
 
 
 def _check(wanted: _Request) -> None:

@@ -3,9 +3,9 @@
 ``python -m vfsmap.testing.crash --seed 1 --minutes 60`` runs a row of workloads that depends on the
 seed alone: every operation on every medium, every ordered pair of those that do something by
 themselves on each kind of promise, and among the pairs triples and longer rows, of all operations,
-that are drawn without end.  ``--only`` keeps
-to one of these; ``--only pairs`` comes to an end.  With ``--state FILE`` it goes on where it was
-stopped.  ``--replay NAME`` tries one crash again, by the name that a failure was reported with.
+that are drawn without end.  ``--only`` keeps to one of these; ``--only pairs`` comes to an end.
+With ``--state FILE`` it goes on where it was stopped.  ``--replay NAME`` tries one crash again, by
+the name that a failure was reported with.
 """
 
 import itertools

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from vfsmap.pmem.mountinfo import mounts
+
 _SYSTEMD: Final = Path("/lib/systemd/systemd")
 _GENERATOR: Final = Path("/lib/systemd/system-generators/systemd-fstab-generator")
 _PATIENCE: Final = 60
@@ -188,12 +190,7 @@ def _child_of(process: subprocess.Popen[str]) -> int:
 @contextmanager
 def _cgroup() -> Iterator[None]:
     """Go into a control group of our own, for as long as the block lasts."""
-    line = next(
-        line
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if " - cgroup2 " in line
-    )
-    mounted = Path(line.split()[4])
+    mounted = next(Path(each.directory) for each in mounts() if each.kind == "cgroup2")
     before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     own = mounted / before / f"vfsmap-test-{os.getpid()}"
     own.mkdir()
