@@ -282,7 +282,7 @@ class Operations(pyfuse3.Operations):
     def getxattr(self, ino: int, name: bytes, ctx: RequestContext) -> bytes:
         """Return an extended attribute."""
         if name in self._virtual:
-            return self._virtual.get(ino, name)
+            return self._virtual.get(ino, name, ctx.pid, ctx.uid)
         require_namespace(name)
         return self.fs.getxattr(ino, name)
 

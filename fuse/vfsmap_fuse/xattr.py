@@ -7,6 +7,7 @@ user.vfsmap.sealing   get: how a sealed file was hashed, such as hash=sha512 blo
 user.vfsmap.extents   get: one line for each extent, with file offset, pool offset and length
 user.vfsmap.level     get: the largest level whose entries can map all of the file
 user.vfsmap.socket    get: where the mapping daemon of this mount listens
+user.vfsmap.lease.*   get: a lease, for one of the daemon's clients (vfsmap.daemon.ticket)
 
 None of them is listed, so programs that copy attributes do not trip over them.
 """
@@ -23,6 +24,7 @@ from vfsmap.units import LEVELS, Extent, format_size, parse_level
 from vfsmap.verity import DEFAULT, Descriptor, Parameters
 
 _PREFIX = b"user.vfsmap."
+_LEASE = _PREFIX + b"lease."
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 Seal = Callable[[int, Parameters], Awaitable[object]]
 """Seals a file of this inode number, hashed so; it reads the whole file, a slice at a time."""
@@ -47,12 +49,14 @@ class VirtualXattrs:
     def __contains__(self, name: bytes) -> bool:
         return name.startswith(_PREFIX)
 
-    def get(self, ino: int, name: bytes) -> bytes:
-        """Return a virtual attribute's value.
+    def get(self, ino: int, name: bytes, pid: int, uid: int) -> bytes:
+        """Return a virtual attribute's value, to a thread and its user.
 
         Raises:
             NoData: there is no such attribute, or this file does not have it.
         """
+        if name.startswith(_LEASE) and self._fs.lease_by_attribute is not None:
+            return self._fs.lease_by_attribute(ino, name, pid, uid)
         getter = self._getters.get(name)
         if getter is None:
             raise NoData(f"there is no attribute {name.decode(errors='replace')}")

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, SupportsIndex
 from vfsmap.daemon.client import (
     SEAL_XATTR,
     Client,
+    HeldTicket,
     clients,
     close_all,
     medium_of,
     mounter_of,
     why_no_daemon,
 )
+from vfsmap.daemon.ticket import Ticket
 from vfsmap.daemon.varlink import INT_MAX
 from vfsmap.errors import (
     Busy,
@@ -95,21 +97,25 @@ class _Request(NamedTuple):
 class _Leased:
     """The daemon that has granted a lease, by the connection that holds it."""
 
-    __slots__ = ("_client", "_forks", "_lease")
+    __slots__ = ("_client", "_forks", "_lease", "ticket")
 
-    def __init__(self, client: Client, lease: int) -> None:
+    def __init__(self, client: Client, lease: int, ticket: HeldTicket | None = None) -> None:
         self._client = client
         self._lease = lease
         self._forks = clients.forks
+        self.ticket = ticket
+        """What other windows are asked for with, while this one is open."""
 
     @property
     def _alone(self) -> bool:
         return clients.forks == self._forks
 
     def closed(self) -> None:
+        self.ticket = None
         self._client.release(self._lease, alone=self._alone)
 
     def dropped(self) -> None:
+        self.ticket = None
         self._client.drop(self._lease, alone=self._alone)
 
     def publish(self) -> None:
@@ -255,6 +261,11 @@ def _map_direct(wanted: _Request, device: int) -> Window | str:
 
 def _granted(client: Client, wanted: _Request) -> Window:
     """Take a lease and map its extents."""
+    ticket = client.ticket
+    if ticket is not None and not wanted.writable:
+        window = _granted_at_once(client, ticket, wanted)
+        if window is not None:
+            return window
     parameters: dict[str, Any] = {"file": 0, "offset": wanted.offset}
     if wanted.length is not None:
         parameters["length"] = wanted.length
@@ -264,6 +275,8 @@ def _granted(client: Client, wanted: _Request) -> Window:
     if wanted.writable:
         parameters["writable"] = True
         flags = os.O_RDWR | os.O_DIRECT | os.O_DSYNC  # these two tell the mount not to cache
+    else:
+        parameters["ticket"] = ticket is None
     fd = os.open(wanted.path, flags | os.O_CLOEXEC)
     try:
         answer, descriptors = client.call("Map", (fd,), **parameters)
@@ -272,22 +285,58 @@ def _granted(client: Client, wanted: _Request) -> Window:
     grantor = None
     try:
         grantor = _Leased(client, answer["lease"])
-        window = wanted.window(
-            descriptors[answer["pool"]],
-            [Extent(**extent) for extent in answer["extents"]],
-            answer["length"],
-            medium_of(answer["medium"]),
-            grantor,
-        )
+        medium = medium_of(answer["medium"])
+        pool = descriptors[answer["pool"]]
+        extents = [Extent(**extent) for extent in answer["extents"]]
+        if (told := answer.get("ticket")) is not None:
+            given = Ticket(told["name"], bytes.fromhex(told["secret"]))
+            descriptors.remove(pool)
+            ticket = client.hold(HeldTicket(given, medium, pool))
+        grantor.ticket = ticket
+        window = wanted.window(pool, extents, answer["length"], medium, grantor)
     except BaseException as exc:
         if grantor is not None:
             grantor.closed()
-        if isinstance(exc, LookupError | TypeError):
+        if isinstance(exc, LookupError | TypeError | ValueError):
             raise ProtocolError(f"the daemon's answer makes no sense: {exc!r}") from exc
         raise
     finally:
         close_all(descriptors)
-    if not client.is_alive():  # before the range was mapped, nothing kept it from reuse
+    return _kept(window, client)
+
+
+def _granted_at_once(client: Client, ticket: HeldTicket, wanted: _Request) -> Window | None:
+    """Take a lease by an attribute of the file, and map its extents; None: call for it."""
+    level = 0 if wanted.level is None else wanted.level.size
+    name = ticket.attribute(wanted.offset, wanted.length, level)
+    grantor = None
+    try:
+        try:
+            value = os.getxattr(wanted.path, name)
+        except OSError:
+            return None
+        found = ticket.lease_of(value)
+        if found is None:
+            return None
+        lease, length, extents = found
+        grantor = _Leased(client, lease, ticket)
+        window = wanted.window(ticket.fd, extents, length, ticket.medium, grantor)
+    except BaseException:
+        if grantor is not None:
+            grantor.closed()
+        else:
+            client.close()  # what was granted to nobody ends with the connection
+        raise
+    return _kept(window, client)
+
+
+def _kept(window: Window, client: Client) -> Window:
+    """Return a window whose lease is still held.
+
+    Raises:
+        DaemonUnreachable: it may not be: before the range was mapped, nothing kept it from reuse.
+    """
+    if not client.is_alive():
         window.close()
         raise DaemonUnreachable(f"the mapping daemon on {client.path} has gone away; mount again")
     return window

@@ -28,6 +28,7 @@ class MapCall(FileCall):
     length: Size | None = None
     writable: bool | None = None
     level: Size | None = None
+    ticket: bool | None = None
 
 
 class ExtentsCall(FileCall):

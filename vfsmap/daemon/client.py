@@ -12,12 +12,13 @@ import struct
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Self
 
 import msgspec
 
+from vfsmap.daemon.ticket import Ticket
 from vfsmap.daemon.varlink import (
     INTERFACE,
     KERNEL_DESCRIPTORS_MAX,
@@ -48,6 +49,25 @@ _LOOK: Final = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
 _UCRED: Final = struct.Struct("3i")
 
 
+class HeldTicket:
+    """A ticket, and the descriptor to map with what it brings, while windows are open.
+
+    Each window's lease holds it, and nothing else: a process without windows keeps nobody from
+    unmounting what the pool lies on.
+    """
+
+    __slots__ = ("__weakref__", "attribute", "fd", "lease_of", "medium")
+
+    def __init__(self, ticket: Ticket, medium: Medium, fd: int) -> None:
+        """Take the pool's descriptor over."""
+        self.attribute, self.lease_of = ticket.attribute, ticket.lease_of
+        self.medium = medium
+        self.fd = fd
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)
+
+
 class Client:
     """A connection to a mapping daemon."""
 
@@ -60,6 +80,7 @@ class Client:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._releases: deque[dict[str, Any]] = deque()
+        self._ticket: weakref.ref[HeldTicket] | None = None
         self._framer = Framer(REPLY_MAX, KERNEL_DESCRIPTORS_MAX)
         self._socket = socket.socket(socket.AF_UNIX)
         try:
@@ -70,6 +91,16 @@ class Client:
                 f"no mapping daemon answers on {path}: {exc.strerror}; is the pool still mounted?"
             ) from exc
         _all_clients.add(self)
+
+    @property
+    def ticket(self) -> HeldTicket | None:
+        """The ticket of this connection, if somebody holds one."""
+        return self._ticket() if self._ticket is not None else None
+
+    def hold(self, ticket: HeldTicket) -> HeldTicket:
+        """Remember a ticket for as long as somebody holds it, and return it."""
+        self._ticket = weakref.ref(ticket)
+        return ticket
 
     @property
     def server_uid(self) -> int:

@@ -66,10 +66,29 @@ class Grants:
         if self._fs.tail_needs_commit(ino):
             await self._sync()  # else zeroing the tail would do it, and keep everybody waiting
         # nothing waits in here, so what is checked is so when the range is pinned
-        lease = self._grant_now(ino, holder, offset, length, level, writable=writable)
+        lease = self._grant_now(
+            ino, holder, offset, length, level, writable=writable, most=EXTENTS_MAX
+        )
         if writable and self._fs.pool.grouped:
             await self._sync()  # what is persisted in a window must be found again in the file
         return lease
+
+    def grant_at_once(
+        self, ino: int, holder: Holder, *, offset: int, length: int | None, level: int, most: int
+    ) -> Lease | None:
+        """Grant a read lease on at most so many extents where nothing has to be done first.
+
+        Returns None where something has to.
+
+        Raises:
+            As :meth:`grant`.
+        """
+        self.leases.require_room(holder, self._leases_max)
+        if not self._is_ready(ino, offset, length, self._unit(level)):
+            return None
+        if self._fs.tail_needs_commit(ino):
+            return None
+        return self._grant_now(ino, holder, offset, length, level, writable=False, most=most)
 
     def _is_ready(self, ino: int, offset: int, length: int | None, unit: Level | None) -> bool:
         """Tell whether nothing has to be written back, allocated or moved."""
@@ -120,6 +139,7 @@ class Grants:
         level: int,
         *,
         writable: bool,
+        most: int,
     ) -> Lease:
         fs = self._fs
         inode = fs.file(ino)
@@ -132,10 +152,10 @@ class Grants:
         first, last = self._reach(inode, offset, length, level)
         extents = fs.extents(ino, first, last - first)
         require_level(extents, offset, length, level)
-        if len(extents) > EXTENTS_MAX:
+        if len(extents) > most:
             raise TooManyMappings(
                 f"the file lies in {len(extents)} pieces there, and one process can map about "
-                f"{EXTENTS_MAX}; copy it, so that it lies in fewer"
+                f"{most}; copy it, so that it lies in fewer"
             )
         pin = fs.pin(ino, first, last - first, writable=writable)
         return self.leases.grant(

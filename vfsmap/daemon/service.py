@@ -30,6 +30,8 @@ from vfsmap.daemon.grants import Grants
 from vfsmap.daemon.listening import listening
 from vfsmap.daemon.server import Answer, Caller, Method, Server
 from vfsmap.daemon.stats import Statistics
+from vfsmap.daemon.ticket import EXTENTS_MAX
+from vfsmap.daemon.tickets import Tickets
 from vfsmap.daemon.varlink import readable
 from vfsmap.errors import Denied, Invalid, Untrusted, VfsmapError
 from vfsmap.fs import FileSystem
@@ -87,7 +89,8 @@ class Service:
         self.calls = self._statistics.calls
         self._ends = Ends(fs, self._grants.leases, self._events)
         self.tend = self._ends.tend
-        self.hung_up = self._ends.hung_up
+        self._tickets = Tickets(self._grant_at_once)
+        fs.lease_by_attribute = self._tickets.lease
         # descriptions of our own: one that shared the lock would keep it when we are gone
         pool = f"/proc/self/fd/{fs.pool.pmem.fd}"
         self._readable = os.open(pool, os.O_RDONLY | os.O_CLOEXEC)
@@ -95,10 +98,16 @@ class Service:
 
     def close(self) -> None:
         """Close the descriptors that are handed out."""
+        self._fs.lease_by_attribute = None
         self._ends.close()
         for fd in (self._readable, self._writable):
             if fd >= 0:
                 os.close(fd)
+
+    def hung_up(self, connection: Connection) -> None:
+        """Note that a client is gone."""
+        self._tickets.end(connection)
+        self._ends.hung_up(connection)
 
     # trust
 
@@ -159,7 +168,7 @@ class Service:
             raise
         self._ends.watch(connection)
         self._events.emit("granted", connection.holder, lease)
-        parameters = {
+        parameters: dict[str, object] = {
             "lease": lease.lease,
             "pool": 0,
             "inode": lease.inode,
@@ -169,6 +178,9 @@ class Service:
             "medium": self._medium,
             "sealed": self._fs.file(lease.inode).sealed,
         }
+        if wanted.ticket and self._device is not None and not lease.writable:
+            ticket = self._tickets.of(connection)
+            parameters["ticket"] = {"name": ticket.name, "secret": ticket.secret.hex()}
         return Answer(parameters, (self._writable if lease.writable else self._readable,))
 
     async def _grant(self, caller: Caller, wanted: MapCall) -> Lease:
@@ -187,6 +199,16 @@ class Service:
             writable=writable,
             level=wanted.level or 0,
         )
+
+    def _grant_at_once(
+        self, connection: Connection, ino: int, offset: int, length: int | None, level: int
+    ) -> Lease | None:
+        lease = self._grants.grant_at_once(
+            ino, connection.holder, offset=offset, length=length, level=level, most=EXTENTS_MAX
+        )
+        if lease is not None:
+            self._events.emit("granted", connection.holder, lease)
+        return lease
 
     async def _release(self, caller: Caller, wanted: ReleaseCall) -> Answer:
         lease = self._grants.leases.get(wanted.lease, caller.connection.holder)

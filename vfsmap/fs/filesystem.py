@@ -47,6 +47,10 @@ class FileSystem(Names, Data, Seals, Xattrs):
         super().__init__(pool)
         self.invalidators: list[Callable[[int], None]] = []
         """Called, in a worker thread, with the number of an inode that windows have changed."""
+        self.lease_by_attribute: Callable[[int, bytes, int, int], bytes] | None = None
+        """Set by the mapping daemon: the value of an attribute whose name asks for a lease.
+
+        Called with the inode, the name, and the thread and the user that ask."""
         self._withheld: list[Run] = []
         self._withheld_pins: dict[int, Run] = {}
 
