@@ -38,7 +38,7 @@ class LeaseTableMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        assert list(self.table) == list(self.model)
+        assert self.table.after(0, len(self.table)) == list(self.model)
         nobodys = {lease for lease, who in self.model.items() if who is None}
         assert set(self.table.orphans()) == nobodys
         for holder in HOLDERS:

@@ -136,11 +136,21 @@ def test_an_answer_that_makes_no_sense_is_a_protocol_error(peer: Peer, answer: b
 def test_a_daemon_that_hangs_up_or_is_not_there_is_unreachable(peer: Peer, tmp_path: Path) -> None:
     peer.answers["Do"] = b""
     with Client(peer.path) as one:
+        close_all(one.call("Hello")[1])
         with pytest.raises(DaemonUnreachable, match="has gone away"):
             one.call("Do")
         assert not one.is_alive()
     with pytest.raises(DaemonUnreachable, match="no mapping daemon answers"):
         Client(tmp_path / "nobody")
+
+
+def test_a_daemon_that_never_answers_a_connection_may_have_no_room_for_it(peer: Peer) -> None:
+    peer.answers["Do"] = b""
+    with (
+        Client(peer.path) as one,
+        pytest.raises(DaemonUnreachable, match="all the connections it takes; try again"),
+    ):
+        one.call("Do")
 
 
 def test_a_call_that_is_interrupted_costs_the_connection_and_not_the_next_answer(

@@ -272,6 +272,16 @@ def test_leases_are_listed_with_their_holders(
     }
 
 
+def test_leases_are_listed_a_part_at_a_time_and_the_client_asks_for_all(
+    fs: FileSystem, served: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LEASES_REPLIED", 2)
+    served.run(make, fs, b"file", pattern(64 * KIB))
+    granted = [map_it(client, path="/file", length=4096)["lease"] for _ in range(5)]
+    assert [one["lease"] for one in client.call("Leases")[0]["leases"]] == granted[:2]
+    assert [one["lease"] for one in client.leases()] == granted
+
+
 def test_events_tell_what_happens_in_its_order(
     fs: FileSystem, served: Daemon, client: Client, events: Listener
 ) -> None:

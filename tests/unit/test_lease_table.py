@@ -38,10 +38,21 @@ def test_an_orphan_is_nobodys_and_still_there_until_it_ends() -> None:
     with pytest.raises(NotFound):
         table.get(lease.lease, ALICE)
     assert table.held_by(ALICE) == []
-    assert list(table) == table.orphans() == [lease]
+    assert table.after(0, 9) == table.orphans() == [lease]
     assert table.end(lease)
     assert len(table) == 0
     assert not table.orphans()
+
+
+def test_leases_are_told_in_their_order_a_part_at_a_time() -> None:
+    table = LeaseTable()
+    first, second, third = (grant(table) for _ in range(3))
+    assert table.after(0, 2) == [first, second]
+    assert table.after(first.lease, 2) == [second, third]
+    table.orphan(second)
+    table.end(second)
+    assert table.after(first.lease, 2) == [third]
+    assert table.after(third.lease, 2) == []
 
 
 def test_a_lease_that_was_ended_meanwhile_is_ended_once() -> None:

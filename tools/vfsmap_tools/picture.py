@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 from rich.console import Console
 from rich.text import Text
 
-from vfsmap.daemon.client import Client, connect
+from vfsmap.daemon.client import connect
 from vfsmap.errors import DaemonUnreachable, Invalid, NotFound, Untrusted
 from vfsmap.fs import ROOT, FileSystem
 from vfsmap.mapping.layout import merge
@@ -101,14 +101,9 @@ def _leases(directory: Path) -> list[dict[str, Any]]:
     """Return the leases on a mounted pool; none when its daemon can't be asked."""
     try:
         with connect(directory) as client:
-            return _asked(client)
+            return list(client.leases())
     except (DaemonUnreachable, Invalid, NotFound, Untrusted):
         return []
-
-
-def _asked(client: Client) -> list[dict[str, Any]]:
-    leases: list[dict[str, Any]] = client.call("Leases")[0]["leases"]
-    return leases
 
 
 def _taken(fs: FileSystem, leases: Iterable[dict[str, Any]]) -> Picture:

@@ -82,8 +82,7 @@ def samples(client: Client, interval: float) -> Iterator[dict[str, Any]]:
 
 def leases(client: Client) -> list[dict[str, Any]]:
     """Return the youngest leases, the youngest first."""
-    found: list[dict[str, Any]] = client.call("Leases")[0]["leases"]
-    return found[: -_LINES - 1 : -1]
+    return list(deque(client.leases(), maxlen=_LINES))[::-1]
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

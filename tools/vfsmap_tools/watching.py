@@ -19,9 +19,9 @@ PATH = click.Path(path_type=Path)
 @errors_exit
 def leases(directory: Path, as_json: bool) -> None:
     """List who maps what of the pool mounted on a directory."""
-    answer, _ = connect(directory).call("Leases")
+    found = list(connect(directory).leases())
     if as_json:
-        print_json(answer["leases"])
+        print_json(found)
         return
     print_table(
         ("lease", "pid", "user", "inode", "offset", "length", "rights", "since", "holder"),
@@ -37,7 +37,7 @@ def leases(directory: Path, as_json: bool) -> None:
                 _clock(lease["granted_ns"]),
                 "gone, bytes still mapped" if lease["orphaned"] else "connected",
             )
-            for lease in answer["leases"]
+            for lease in found
         ),
     )
 

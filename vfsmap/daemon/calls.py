@@ -47,6 +47,12 @@ class AllocateCall(FileCall, kw_only=True):
     create: bool | None = None
 
 
+class LeasesCall(Nothing):
+    """Parameters of Leases."""
+
+    after: int | None = None
+
+
 class LeaseCall(Nothing):
     """Parameters of Publish."""
 

@@ -81,6 +81,7 @@ class Client:
         self._lock = threading.Lock()
         self._releases: deque[dict[str, Any]] = deque()
         self._ticket: weakref.ref[HeldTicket] | None = None
+        self._answered = False
         self._framer = Framer(REPLY_MAX, KERNEL_DESCRIPTORS_MAX)
         self._socket = socket.socket(socket.AF_UNIX)
         try:
@@ -184,6 +185,17 @@ class Client:
                     raise error_of(reply.error, parameters)
                 yield parameters["event"]
 
+    def leases(self) -> Iterator[dict[str, Any]]:
+        """Yield all leases, the oldest first, as the interface declares them.
+
+        Raises:
+            As :meth:`call`.
+        """
+        last = 0
+        while leases := self.call("Leases", after=last)[0]["leases"]:
+            yield from leases
+            last = leases[-1]["lease"]
+
     def is_alive(self) -> bool:
         """Tell whether the daemon has kept this connection, and so the leases on it."""
         try:
@@ -234,10 +246,15 @@ class Client:
             self._framer.feed(data, found)
             if not data:
                 raise self._gone()
+        self._answered = True
         return message
 
     def _gone(self) -> DaemonUnreachable:
-        return DaemonUnreachable(f"the mapping daemon on {self.path} has gone away; mount again")
+        if self._answered:
+            what = "has gone away; mount again"
+        else:  # so a daemon ends connections, too, that it has no room for
+            what = "hung up without a word: it ends, or has all the connections it takes; try again"
+        return DaemonUnreachable(f"the mapping daemon on {self.path} {what}")
 
     def close(self) -> None:
         """Hang up; leases that are not released end when nobody maps their bytes any more."""

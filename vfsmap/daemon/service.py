@@ -15,6 +15,7 @@ from vfsmap.daemon.calls import (
     ExtentsCall,
     FileCall,
     LeaseCall,
+    LeasesCall,
     MapCall,
     Nothing,
     ReleaseCall,
@@ -40,6 +41,7 @@ from vfsmap.mapping.lease import Lease
 from vfsmap.units import LEVELS, Extent
 
 _EXTENTS_REPLIED: Final = 10_000
+LEASES_REPLIED: Final = 10_000
 
 
 class Service:
@@ -64,7 +66,7 @@ class Service:
             "Extents": Method(ExtentsCall, self._extents),
             "Allocate": Method(AllocateCall, self._allocate),
             "Seal": Method(FileCall, self._seal_file),
-            "Leases": Method(Nothing, self._leases),
+            "Leases": Method(LeasesCall, self._leases),
             "Stats": Method(StatsCall, self._stats),
             "Violation": Method(ViolationCall, self._violation),
         }
@@ -266,7 +268,7 @@ class Service:
         await invalidate(self._fs, ino)
         return Answer({"digest": str(digest)})
 
-    async def _leases(self, caller: Caller, _: Nothing) -> Answer:
+    async def _leases(self, caller: Caller, wanted: LeasesCall) -> Answer:
         self._require_trusted(caller.connection)
         leases = [
             {
@@ -280,7 +282,7 @@ class Service:
                 "granted_ns": lease.granted_ns,
                 "orphaned": lease.orphaned,
             }
-            for lease in self._grants.leases
+            for lease in self._grants.leases.after(wanted.after or 0, LEASES_REPLIED)
         ]
         return Answer({"leases": leases})
 

@@ -5,8 +5,9 @@ when nobody maps its bytes any more.  This is the record of it; pins and scans a
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, NewType
 
 from vfsmap.errors import NoMemory, NotFound
@@ -118,9 +119,9 @@ class LeaseTable:
         """Return how many leases there are, and how many of them may write."""
         return len(self), sum(lease.writable for lease in self._leases.values())
 
-    def __iter__(self) -> Iterator[Lease]:
-        """Yield all leases, the oldest first."""
-        return iter(list(self._leases.values()))
+    def after(self, number: int, most: int) -> list[Lease]:
+        """Return at most so many leases, the oldest first, of those with larger numbers."""
+        return list(islice((one for one in self._leases.values() if one.lease > number), most))
 
     def __len__(self) -> int:
         return len(self._leases)
