@@ -516,6 +516,45 @@ def test_files_are_sealed_and_told_whatever_their_names(server: Server) -> None:
     command: list[str | bytes] = [sys.executable, "-m", "vfsmap_tools.cli", "seal", odd]
     told = subprocess.run(command, capture_output=True, check=True).stdout
     assert told.startswith(b"sha256:")
-    assert told.endswith(b" " + odd + b"\n")
+    assert told.endswith(b"odd\\xff\n")
     (row,) = json.loads(vfsmap("seal", "--json", directory / "plain").stdout)
     assert row == {"file": str(directory / "plain"), "digest": told.split()[0].decode()}
+
+
+ODD = "a\x1b[31m\n\r\x85\u202e\udcff[b]é"
+SHOWN = r"a\x1b[31m\n\r\u0085\u202e\xff[b]é"
+
+
+def test_names_are_printed_for_people_so_that_a_terminal_shows_them(
+    server: Server, tmp_path: Path
+) -> None:
+    file = server.make_directory("shown") / ODD
+    pool = tmp_path / ODD
+    file.write_bytes(b"content")
+    told = [
+        vfsmap("format", pool, "--size", "16M").stdout,
+        vfsmap("check", pool).stdout,
+        vfsmap("info", pool).stdout,
+        vfsmap("map", file).stdout,
+        vfsmap("explain", file).stdout,
+        vfsmap("seal", file).stdout,
+        vfsmap("verify", file).stdout,
+        vfsmap("dump", server.pool).stdout,
+        complaint("seal", file, code=1),
+        complaint("verify", file.with_name(ODD + "2"), code=1),
+        complaint("cp", tmp_path / ODD / "none", tmp_path, code=1),
+        complaint("pstore", "ls", file.parent / "no" / ODD, code=1),
+        complaint("export", pool, tmp_path / "tar", code=1),
+    ]
+    for text in told:
+        assert SHOWN in text
+        assert "".join(text.split("\n")).isprintable()
+
+
+def test_json_holds_exact_names_and_escapes_of_bytes_that_are_no_text(server: Server) -> None:
+    directory = server.make_directory("json")
+    for name, printed in {"é\n\x1b\\xff\\": "é\n\x1b\\xff\\", "\udcff\\": r"\xff" "\\"}.items():
+        (directory / name).write_bytes(b"content")
+        text = vfsmap("map", directory / name, "--json").stdout
+        assert json.loads(text)["file"] == f"{directory}/{printed}"
+        assert "\\udc" not in text

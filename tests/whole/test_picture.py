@@ -85,13 +85,13 @@ def test_the_svg_has_a_tile_for_all_units_and_names_who_owns_them(
 def test_the_last_unit_of_a_pool_may_be_short_and_a_name_may_be_anything(tmp_path: Path) -> None:
     path = tmp_path / "pool"
     with FileSystem.format(Pool.create(path, 8 * MIB + 12 * KIB)) as fs:
-        ino = fs.create(ROOT, b"<&\xff>", 0o644, 0, 0).ino
+        ino = fs.create(ROOT, b"<&\xff\x1b>", 0o644, 0, 0).ino
         fs.write(ino, 0, bytes(2 * MIB))
     picture = taken_of(path)
     assert len(picture.units) == 5
     assert picture.units[-1] in ("free", "fragmented")
     assert sum(picture.bytes_of().values()) == 8 * MIB + 12 * KIB
-    ElementTree.fromstring(svg(picture, "a & b"))
+    ElementTree.fromstring(svg(picture, "a & \udcff\x1b"))
 
 
 def test_a_very_large_pool_has_a_few_units_to_a_tile() -> None:

@@ -15,7 +15,7 @@ from vfsmap.fs.repair import repair
 from vfsmap.pmem import Pmem
 from vfsmap.pool import Pool
 from vfsmap.pool.scan import scan
-from vfsmap_tools.console import errors_exit, json_option, print_json
+from vfsmap_tools.console import errors_exit, json_option, print_json, print_line
 from vfsmap_tools.sealer import damaged_blocks
 
 
@@ -107,16 +107,18 @@ def _as_json(
 
 def _print(pool: Path, report: Report, findings: list[Finding], *, mended: bool) -> None:
     for finding in findings:
-        print(f"{'note: ' if finding.harmless else ''}{finding}")
+        print_line(f"{'note: ' if finding.harmless else ''}{finding}")
     damage = sum(not finding.harmless for finding in findings)
     counted = f"{len(report.draft.inodes)} files, {len(report.draft.extents)} extents"
     if not damage:
-        print(f"{pool}: clean, {counted}")
+        print_line(f"{pool}: clean, {counted}")
     elif mended:
         left = damage - len(report.damage)
         rest = f"; {left} can't be mended" if left else ""
-        print(f"{pool}: {len(report.damage)} things mended, {counted}{rest}")
+        print_line(f"{pool}: {len(report.damage)} things mended, {counted}{rest}")
     elif report.clean:
-        print(f"{pool}: damaged, {damage} findings that no repair mends")
+        print_line(f"{pool}: damaged, {damage} findings that no repair mends")
     else:
-        print(f"{pool}: damaged, {damage} findings; mend it with: vfsmap check --repair {pool}")
+        print_line(
+            f"{pool}: damaged, {damage} findings; mend it with: vfsmap check --repair {pool}"
+        )

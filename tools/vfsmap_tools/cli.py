@@ -73,8 +73,8 @@ class Lazy(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run what was typed; say in one line what was wrong with it."""
         extra["standalone_mode"] = False
-        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may have any bytes
-            sys.stdout.reconfigure(errors="surrogateescape")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error is
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **extra)
         except click.exceptions.NoArgsIsHelpError as exc:

@@ -3,12 +3,11 @@
 import contextlib
 import errno
 import functools
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import ERROR
-from typing import Any, ParamSpec, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 import click
 from rich.console import Console
@@ -21,9 +20,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from vfsmap.errors import Invalid, VfsmapError
 from vfsmap.units import Level, format_size, parse_level, parse_size
+from vfsmap_tools.escaping import json_text, printable
 from vfsmap_tools.logs import for_journal, is_journal
 
 P = ParamSpec("P")
@@ -82,7 +83,7 @@ def json_option(command: Callable[P, R]) -> Callable[P, R]:
 
 def complain(error: VfsmapError | OSError | str) -> None:
     """Print what was wrong, in one line, where errors go."""
-    text = f"vfsmap: {error}"
+    text = printable(f"vfsmap: {error}")
     print(for_journal(text, ERROR) if is_journal(sys.stderr) else text, file=sys.stderr)
 
 
@@ -126,9 +127,14 @@ def interruptible() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def print_json(value: object) -> None:
-    """Print one JSON document."""
-    print(json.dumps(value, indent=2, default=str))
+def print_line(text: str = "", *, file: IO[str] | None = None, flush: bool = False) -> None:
+    """Print one line for people, whatever the names in it hold."""
+    print(printable(text), file=file, flush=flush)
+
+
+def print_json(value: object, *, indent: int | None = 2, file: IO[str] | None = None) -> None:
+    """Print one JSON document; without ``indent`` on one line, as one of many."""
+    print(json_text(value, indent), file=file, flush=True)
 
 
 def print_facts(facts: Mapping[str, object], *, as_json: bool) -> None:
@@ -138,7 +144,7 @@ def print_facts(facts: Mapping[str, object], *, as_json: bool) -> None:
         return
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+        print_line(f"{name.replace('_', ' '):<{width}}  {value}")
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -149,7 +155,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         numbers = all(isinstance(row[at], int) for row in rows)
         table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))  # Text: [b] is no markup
     Console(highlight=False, width=_WIDEST).print(table)
 
 

@@ -26,7 +26,7 @@ from vfsmap.pmem import lock_holder
 from vfsmap.pmem.libc import address_of
 from vfsmap.pmem.pages import page_sizes
 from vfsmap.units import MIB, format_size
-from vfsmap_tools.console import errors_exit, page_sizes_text
+from vfsmap_tools.console import errors_exit, page_sizes_text, print_line
 from vfsmap_tools.mounts import find_mount
 
 _BIG = 256 * MIB
@@ -63,8 +63,8 @@ def demo() -> None:
 
         _say("map the large file, every page touched")
         with vfsmap.map(big, populate=True) as window:
-            print(f"      from the pool:       {page_sizes_text(window.page_sizes())} pages")
-        print(f"      through the mount:   {page_sizes_text(_mmap_page_sizes(big))} pages")
+            print_line(f"      from the pool:       {page_sizes_text(window.page_sizes())} pages")
+        print_line(f"      through the mount:   {page_sizes_text(_mmap_page_sizes(big))} pages")
 
         _say("store through a window, read through the mount")
         with vfsmap.map(big, writable=True, length=4096) as window:
@@ -88,11 +88,11 @@ def demo() -> None:
                 _require(file.read(MIB) == expected, f"MiB {number} of the large file")
         _vfsmap("umount", mountpoint)
         _vfsmap("check", pool)
-    print(f"done in {time.monotonic() - began:.1f} seconds")
+    print_line(f"done in {time.monotonic() - began:.1f} seconds")
 
 
 def _say(what: str, detail: str = "") -> None:
-    print(f"  *   {what}" + (f" ({detail})" if detail else ""), flush=True)
+    print_line(f"  *   {what}" + (f" ({detail})" if detail else ""), flush=True)
 
 
 def _require(holds: bool, what: str) -> None:

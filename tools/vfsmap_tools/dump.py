@@ -11,7 +11,7 @@ from vfsmap.fs.inode import Inode
 from vfsmap.pmem import Pmem
 from vfsmap.pool.layout import USER_TAG
 from vfsmap.pool.scan import Scan, scan
-from vfsmap_tools.console import errors_exit, json_option, print_json
+from vfsmap_tools.console import errors_exit, json_option, print_json, print_line
 
 _LEFT_OUT: Final = ("blocks", "flags")
 
@@ -34,7 +34,7 @@ def dump(pool: Path, as_json: bool) -> None:
         print_json(_document(found))
     else:
         for line in describe(found):
-            print(line)
+            print_line(line)
 
 
 def describe(found: Scan) -> Iterator[str]:

@@ -26,6 +26,7 @@ from vfsmap_tools.console import (
     json_option,
     page_sizes_text,
     print_json,
+    print_line,
     print_table,
 )
 from vfsmap_tools.fiemap import data_ranges, placed_extents
@@ -271,22 +272,22 @@ def _print(found: Explanation) -> None:
         kind = f"the pool itself, on {name}"
     largest = found.medium["largest"]
     assert isinstance(largest, int)
-    print(f"{found.path}: {format_size(found.size)} on {found.filesystem}")
-    print(f"mapped from {kind}; the largest entries there are {format_size(largest)}")
+    print_line(f"{found.path}: {format_size(found.size)} on {found.filesystem}")
+    print_line(f"mapped from {kind}; the largest entries there are {format_size(largest)}")
     for name, value in found.settings.items():
-        print(f"  {name}: {value}")
+        print_line(f"  {name}: {value}")
     if found.extents:
         _print_extents(found.extents)
     unsure = (
         ", or larger where the cache holds it so" if found.medium["name"] == "page cache" else ""
     )
-    print(f"planned: {page_sizes_text(found.planned)}{unsure}")
-    print(f"mapped:  {page_sizes_text(found.mapped)}")
+    print_line(f"planned: {page_sizes_text(found.planned)}{unsure}")
+    print_line(f"mapped:  {page_sizes_text(found.mapped)}")
     poor = [finding for finding in found.findings if finding.reason]
     for finding in poor[:_SHOWN]:
         where = f"{format_size(finding.length)} at {finding.offset:#x}"
-        print(f"{where} in {format_size(finding.entry)}: {finding.reason}")
-        print(f"  mend: {finding.mend}")
+        print_line(f"{where} in {format_size(finding.entry)}: {finding.reason}")
+        print_line(f"  mend: {finding.mend}")
     _more(len(poor), "ranges")
 
 
@@ -301,4 +302,4 @@ def _print_extents(extents: list[Placed]) -> None:
 
 def _more(count: int, what: str) -> None:
     if count > _SHOWN:
-        print(f"... and {count - _SHOWN} {what} more; --json has them all")
+        print_line(f"... and {count - _SHOWN} {what} more; --json has them all")

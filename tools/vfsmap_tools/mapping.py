@@ -17,6 +17,7 @@ from vfsmap_tools.console import (
     json_option,
     page_sizes_text,
     print_json,
+    print_line,
     print_table,
 )
 
@@ -76,9 +77,9 @@ def map_command(
             return
         kind = "the pool itself" if window.direct else "the kernel's page cache"
         pages = f"{page_sizes_text(sizes)} pages" if any(sizes.values()) else "no page mapped yet"
-        print(f"{file}: {format_size(window.length)} of {kind}, {pages}")
+        print_line(f"{file}: {format_size(window.length)} of {kind}, {pages}")
         if not populate and not any(sizes.values()):
-            print("a page is mapped when it is touched; see --populate", file=sys.stderr)
+            print_line("a page is mapped when it is touched; see --populate", file=sys.stderr)
         print_table(
             ("file offset", "pool offset", "length"),
             ([f"{e['offset']:#x}", f"{e['start']:#x}", format_size(e["length"])] for e in extents),

@@ -17,7 +17,14 @@ from vfsmap.kmod.module import Module
 from vfsmap.kmod.placing import bind_at
 from vfsmap.kmod.store import Store
 from vfsmap.kmod.userspace import user_host
-from vfsmap_tools.console import complain, errors_exit, json_option, print_facts, print_json
+from vfsmap_tools.console import (
+    complain,
+    errors_exit,
+    json_option,
+    print_facts,
+    print_json,
+    print_line,
+)
 from vfsmap_tools.module_load import call, load, toggle, trace
 from vfsmap_tools.module_options import (
     ADDRESS,
@@ -181,7 +188,7 @@ def verify(store: Path, as_json: bool) -> None:
         print_json({"files": files, "damaged_blocks": wrong})
     else:
         for name, digest in files.items():
-            print(f"{digest} {name}")
+            print_line(f"{digest} {name}")
     if wrong:
         for name, numbers in wrong.items():
             complain(f"{name}: damaged blocks {', '.join(map(str, numbers[:20]))}")

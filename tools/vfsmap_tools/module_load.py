@@ -25,6 +25,7 @@ from vfsmap_tools.console import (
     page_sizes_text,
     print_facts,
     print_json,
+    print_line,
     print_table,
 )
 from vfsmap_tools.module_options import (
@@ -268,4 +269,4 @@ def _print_reports(reports: list[Report]) -> None:
     )
     mapped = {report.name: page_sizes_text(report.page_sizes) for report in reports}
     for name, sizes in mapped.items():
-        print(f"{name}: its pack's text is mapped by {sizes} pages")
+        print_line(f"{name}: its pack's text is mapped by {sizes} pages")

@@ -16,6 +16,7 @@ from vfsmap_tools.console import (
     errors_exit,
     json_option,
     print_json,
+    print_line,
     print_table,
     progress,
 )
@@ -80,7 +81,7 @@ def _survey_or_error(path: Path) -> Survey | str:
 
 def _print_survey(found: Survey) -> None:
     pages = found.text_pages
-    print(
+    print_line(
         f"{found.modules} images, {found.text_bytes} bytes of text in {pages} pages of 4K "
         f"({format_size(found.init_bytes)} of init text beside it)"
     )

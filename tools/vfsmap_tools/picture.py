@@ -16,6 +16,7 @@ from vfsmap.fs import ROOT, FileSystem
 from vfsmap.mapping.layout import merge
 from vfsmap.pool import Pool
 from vfsmap.units import PMD, align_down, align_up, format_size
+from vfsmap_tools.escaping import printable
 from vfsmap_tools.mounts import find_mount, mounted_pools
 
 UNIT: Final = PMD.size
@@ -207,7 +208,7 @@ def svg(picture: Picture, title: str) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="{_CELL}">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{escape(printable(title))}</title>",
     ]
     at = 0
     for (name, _, _), alike in groupby(
@@ -241,7 +242,7 @@ def _told(picture: Picture, at: int, count: int, a_cell: int, name: str) -> str:
     start, end = at * a_cell * UNIT, min((at + count) * a_cell * UNIT, picture.size)
     owner = _owner(picture, at, a_cell)
     place = f"{start:#x} to {end:#x}, {format_size(end - start)}"
-    return f"{place}: {name}{f', {owner}' if owner else ''}"
+    return printable(f"{place}: {name}{f', {owner}' if owner else ''}")
 
 
 def document(picture: Picture) -> dict[str, Any]:

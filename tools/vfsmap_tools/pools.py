@@ -9,7 +9,7 @@ from vfsmap.errors import Invalid
 from vfsmap.fs import FileSystem
 from vfsmap.pool import Pool
 from vfsmap.units import LEVELS, PMD, Level, format_size
-from vfsmap_tools.console import LEVEL, SIZE, errors_exit, json_option, print_facts
+from vfsmap_tools.console import LEVEL, SIZE, errors_exit, json_option, print_facts, print_line
 from vfsmap_tools.mounts import find_mount
 
 POOL = click.Path(path_type=Path)
@@ -38,7 +38,9 @@ def format_command(
     made = Pool.create(pool, size, label=label, level=align, replace=force, promise=promise)
     with FileSystem.format(made):
         medium = made.pmem.medium
-        print(f"{pool}: {format_size(size)} on {medium.name}, survives {made.promise.value} loss")
+        print_line(
+            f"{pool}: {format_size(size)} on {medium.name}, survives {made.promise.value} loss"
+        )
 
 
 @click.command("info")
@@ -90,4 +92,4 @@ def resize(pool: Path, size: int) -> None:
     """Make a pool larger; it must not be mounted."""
     with Pool.open(pool) as opened:
         opened.resize(size)
-    print(f"{pool}: {format_size(size)}")
+    print_line(f"{pool}: {format_size(size)}")

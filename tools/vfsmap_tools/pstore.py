@@ -1,6 +1,5 @@
 """Commands about a crash log: ``vfsmap pstore ...``."""
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from vfsmap_tools.console import (
     json_option,
     print_facts,
     print_json,
+    print_line,
     print_table,
 )
 from vfsmap_tools.pstore_follow import follow_zone
@@ -72,7 +72,7 @@ def format_command(
     if as_json:
         print_json(geometry_facts(made))
     else:
-        print(f"{file}: {made.records} crash records, {format_size(made.size)} in all")
+        print_line(f"{file}: {made.records} crash records, {format_size(made.size)} in all")
 
 
 @pstore.command("ls")
@@ -189,7 +189,7 @@ def run(file: Path, command: tuple[str, ...], geometry: dict[str, Any], as_json:
     with Recorder(file, find_geometry(file, geometry), watch=False) as recorder:
         status, record = run_recorded(recorder, command)
     if as_json:
-        print(json.dumps({"status": status, "record": record}), file=sys.stderr)
+        print_json({"status": status, "record": record}, indent=None, file=sys.stderr)
     leave_with(status)
 
 
@@ -250,7 +250,8 @@ def extract_command(
     if as_json:
         print_json(names)
     else:
-        print("\n".join(names))
+        for each in names:
+            print_line(each)
 
 
 @pstore.command("policy")
@@ -302,7 +303,7 @@ def info_command(file: Path, geometry: dict[str, Any], as_json: bool) -> None:
         print_json(facts | {"zones": zones})
         return
     print_facts(facts, as_json=False)
-    print()
+    print_line()
     print_table(list(zones[0]), [list(zone.values()) for zone in zones])
 
 

@@ -1,6 +1,5 @@
 """``vfsmap pstore show --follow``: print a zone's bytes as they come."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from typing import Final
 from vfsmap.errors import Invalid, NotFound
 from vfsmap.pstore import Region
 from vfsmap.pstore.zone import Zone
+from vfsmap_tools.console import print_json
 
 _PAUSE: Final = 0.1  # seconds between two looks
 
@@ -24,7 +24,7 @@ def follow_zone(region: Region, kind: str, *, as_json: bool) -> None:
         if not piece:
             time.sleep(_PAUSE)
         elif as_json:
-            print(json.dumps({"text": piece.decode(errors="replace")}), flush=True)
+            print_json({"text": piece.decode(errors="replace")}, indent=None)
         else:
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()

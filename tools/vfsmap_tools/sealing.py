@@ -12,7 +12,15 @@ from vfsmap.errors import Damaged, Exists, Invalid
 from vfsmap.mapping.window import Window
 from vfsmap.units import KIB, MIB, Extent
 from vfsmap.verity import ALGORITHMS, Descriptor, Parameters, Verifier, blocks
-from vfsmap_tools.console import SIZE, errors_exit, json_option, print_facts, print_json, progress
+from vfsmap_tools.console import (
+    SIZE,
+    errors_exit,
+    json_option,
+    print_facts,
+    print_json,
+    print_line,
+    progress,
+)
 from vfsmap_tools.copying import require_on_pool
 
 PATH = click.Path(path_type=Path)
@@ -40,7 +48,7 @@ def seal(files: tuple[Path, ...], hash_alg: str, block_size: int, salt: str, as_
         for file in files:
             sealed.append({"file": str(file), "digest": _sealed(file, wanted)})
             if not as_json:
-                print(f"{sealed[-1]['digest']} {file}")
+                print_line(f"{sealed[-1]['digest']} {file}")
     finally:
         if as_json:
             print_json(sealed)

@@ -12,7 +12,7 @@ import click
 
 from vfsmap.errors import NotFound
 from vfsmap_tools.completion import script
-from vfsmap_tools.console import errors_exit
+from vfsmap_tools.console import errors_exit, print_line
 from vfsmap_tools.manpages import pages
 
 _UNITS: Final = ("vfsmap-mount@.service", "vfsmap-serve@.service", "vfsmap-serve@.socket")
@@ -89,9 +89,11 @@ def install(root: Path, prefix: Path) -> None:
     """
     for piece in _pieces(root, prefix):
         piece.install()
-        print(piece.path)
+        print_line(str(piece.path))
     if root == Path("/") and Path("/run/systemd/system").exists():
-        print("now run: systemctl daemon-reload && systemd-sysusers && systemd-tmpfiles --create")
+        print_line(
+            "now run: systemctl daemon-reload && systemd-sysusers && systemd-tmpfiles --create"
+        )
 
 
 @system.command("uninstall")
@@ -102,9 +104,9 @@ def uninstall(root: Path, prefix: Path) -> None:
     for piece in _pieces(root, prefix):
         if piece.is_installed():
             piece.path.unlink()
-            print(piece.path)
+            print_line(str(piece.path))
         elif os.path.lexists(piece.path):
-            print(f"{piece.path} is not as it was installed, and stays")
+            print_line(f"{piece.path} is not as it was installed, and stays")
 
 
 def _pieces(root: Path, prefix: Path) -> Iterator[Piece]:

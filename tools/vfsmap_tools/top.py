@@ -19,6 +19,7 @@ from vfsmap.errors import VfsmapError
 from vfsmap.tally import quantile
 from vfsmap.units import MIB, format_size
 from vfsmap_tools.console import errors_exit, interruptible, json_option, print_json
+from vfsmap_tools.escaping import printable
 
 _LINES: Final = 6
 """Leases and events that are shown."""
@@ -164,14 +165,14 @@ def _view(
     if held:
         parts += [Text(), _leases(held)]
     if news:
-        parts += [Text(), Text("events", style="bold"), *(Text(line) for line in news)]
+        parts += [Text(), Text("events", style="bold"), *(Text(printable(line)) for line in news)]
     return Group(*parts)
 
 
 def _head(directory: Path, sample: dict[str, Any]) -> Text:
     used = sample["size"] - sample["free"]
     words = (
-        f"{directory}: {format_size(used)} of {format_size(sample['size'])} used, "
+        f"{printable(str(directory))}: {format_size(used)} of {format_size(sample['size'])} used, "
         f"{sample['inodes']:,} inodes\n"
         f"{sample['requests_per_second']:,.0f} requests/s, "
         f"{sample['calls_per_second']:,.0f} calls/s, "

@@ -1,6 +1,5 @@
 """Commands that watch the daemon: ``leases``, ``events``."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import click
 
 from vfsmap.daemon.client import connect
 from vfsmap.units import format_size
-from vfsmap_tools.console import errors_exit, json_option, print_json, print_table
+from vfsmap_tools.console import errors_exit, json_option, print_json, print_line, print_table
 
 PATH = click.Path(path_type=Path)
 
@@ -54,13 +53,13 @@ def events(directory: Path, as_json: bool) -> None:
     try:
         for event in connect(directory).events():
             if as_json:
-                print(json.dumps(event), flush=True)
+                print_json(event, indent=None)
                 continue
             lease = f" lease {event['lease']}" if event.get("lease") else ""
             inode = f" inode {event['inode']}" if event.get("inode") else ""
             who = f" by process {event['pid']}, user {event['uid']}"
             detail = f": {event['detail']}" if event.get("detail") else ""
-            print(
+            print_line(
                 f"{_clock(event['time_ns'])} {event['kind']}{lease}{inode}{who}{detail}", flush=True
             )
     except KeyboardInterrupt:
