@@ -64,6 +64,13 @@ def test_a_manager_that_is_gone_is_logged_and_nothing_else(
     assert "can't notify" in caplog.text
 
 
+def test_a_pool_of_any_name_tells_the_manager_nothing_but_its_name(
+    listening: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.notify("READY=1", "STATUS=pool\udcff\nMAINPID=1")
+    assert listening.heard() == ["READY=1\nSTATUS=pool\\xff\\nMAINPID=1"]
+
+
 @pytest.mark.parametrize(
     ("microseconds", "pid", "expected"),
     [
@@ -186,7 +193,7 @@ def test_each_line_for_the_journal_begins_with_its_priority() -> None:
     for level, priority in ((10, 7), (20, 6), (30, 4), (40, 3), (50, 2)):
         record = logging.LogRecord("vfsmap", level, "", 0, "first\nsecond", None, failure)
         lines = formatter.format(record).splitlines()
-        assert lines[:2] == [f"<{priority}>vfsmap: first", f"<{priority}>second"]
+        assert lines[0] == f"<{priority}>vfsmap: first\\nsecond"
         assert len(lines) > 4
         assert all(line.startswith(f"<{priority}>") for line in lines)
 

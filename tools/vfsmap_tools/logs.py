@@ -11,6 +11,8 @@ from logging.handlers import SysLogHandler
 from pathlib import Path
 from typing import IO, Final
 
+from vfsmap_tools.escaping import printable
+
 _FORMAT: Final = "%(name)s: %(message)s"
 _SYSLOG: Final = Path("/dev/log")
 _PRIORITIES: Final = (
@@ -38,10 +40,10 @@ def log_to(path: Path | None, *, verbose: bool, background: bool) -> None:
         handler.setFormatter(JournalFormatter(_FORMAT))
     elif path is None and background and _SYSLOG.is_socket():
         handler = SysLogHandler(str(_SYSLOG), SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter(f"vfsmap[{os.getpid()}]: {_FORMAT}"))
+        handler.setFormatter(LineFormatter(f"vfsmap[{os.getpid()}]: {_FORMAT}"))
     else:
         handler = logging.FileHandler(path) if path else logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {_FORMAT}"))
+        handler.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s {_FORMAT}"))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
 
 
@@ -54,7 +56,15 @@ def is_journal(stream: IO[str]) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class JournalFormatter(logging.Formatter):
+class LineFormatter(logging.Formatter):
+    """Keeps a message on one line, whatever the names in it hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 the base's name
+        """Return a record's message, without a traceback."""
+        return printable(super().formatMessage(record))
+
+
+class JournalFormatter(LineFormatter):
     """Puts its priority in front of each line; the journal adds time and process itself."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from vfsmap.errors import Invalid
+from vfsmap_tools.escaping import printable
 
 _FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 
@@ -58,7 +59,7 @@ def notify(*lines: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect(address)
-            sock.sendall("\n".join(lines).encode())
+            sock.sendall("\n".join(map(printable, lines)).encode())
         except OSError as exc:
             logging.getLogger("vfsmap").warning("can't notify the service manager: %s", exc)
 
