@@ -108,6 +108,15 @@ class MountOptions:
         return words | self.kernel
 
 
+class _AnyBytes(str):
+    """A word for pyfuse3, which encodes words as ASCII; the path of a pool may have any bytes."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        return os.fsencode(str(self))  # a str proper, whose encode() is its own
+
+
 class Mount:
     """A mounted file system that answers."""
 
@@ -241,7 +250,8 @@ async def mounted(
     _require_mountable(mountpoint, options)
     watcher = Keeper(mountpoint, socket)
     try:
-        pyfuse3.init(operations, str(mountpoint), options.words(fs.pool.path.absolute()))
+        words = options.words(fs.pool.path.absolute())
+        pyfuse3.init(operations, str(mountpoint), {_AnyBytes(word) for word in words})
     except RuntimeError as exc:
         watcher.close()
         # libfuse, or fusermount3, has said why on stderr

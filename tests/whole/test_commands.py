@@ -522,6 +522,25 @@ def test_files_are_sealed_and_told_whatever_their_names(server: Server) -> None:
 
 
 ODD = "a\x1b[31m\n\r\x85\u202e\udcff[b]é"
+
+
+@pytest.mark.parametrize("name", [b"p\xc3\xb6\xc3\xb6l, mine\\", b"pool\xff\n"])
+def test_a_pool_is_mounted_and_found_whatever_its_path(tmp_path: Path, name: bytes) -> None:
+    pool, mountpoint = tmp_path / os.fsdecode(name), tmp_path / "mnt"
+    mountpoint.mkdir()
+    vfsmap("format", pool, "--size", "16M")
+    vfsmap("mount", pool, mountpoint)
+    try:
+        (mountpoint / "file").write_bytes(b"content")
+        with library.map(mountpoint / "file") as window:
+            assert window.direct
+        told = json.loads(vfsmap("info", mountpoint, "--json").stdout)
+        assert told["mounted_on"] == str(mountpoint)
+    finally:
+        vfsmap("umount", mountpoint)
+    assert not mountpoint.is_mount()
+
+
 SHOWN = r"a\x1b[31m\n\r\u0085\u202e\xff[b]é"
 
 
