@@ -202,7 +202,7 @@ def read_attribute(path: Path, name: str) -> bool:
 def test_somebody_elses_ticket_gives_nothing(path: Path) -> None:
     ticket = ticket_of(path)
     assert ticket is not None
-    name = ticket.attribute(0, None, 0)
+    name = ticket.ticket.attribute(0, None, 0)
     path.chmod(0o644)
     assert not as_user(65534, read_attribute, path, name)  # another user
     assert not as_user(65534, read_attribute, path, name, groups=(1,))
@@ -247,6 +247,78 @@ def pool_descriptors(pool: Path) -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("first")
+def test_a_forked_child_has_no_descriptor_of_the_pool(server: Server, path: Path) -> None:
+    assert len(pool_descriptors(server.pool)) == 1
+    assert as_user(65534, pool_descriptors, server.pool) == []
+
+
+def test_threads_that_close_the_last_window_leave_others_theirs(path: Path) -> None:
+    failures: list[BaseException] = []
+    other = path.with_name("other")
+    other.write_bytes(b"!" * 4096)
+
+    def work() -> None:
+        try:
+            for _ in range(300):
+                with vfsmap.map(path, offset=8, length=8) as window:
+                    assert window.view() == (1).to_bytes(8, "little")
+        except BaseException as exc:
+            failures.append(exc)
+
+    def disturb() -> None:
+        while not done.is_set():
+            other.open("rb").close()
+
+    done = threading.Event()
+    disturber = threading.Thread(target=disturb)
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    disturber.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    disturber.join()
+    assert failures == []
+
+
+def test_first_windows_of_several_threads_share_a_ticket(server: Server, path: Path) -> None:
+    together = threading.Barrier(8)
+    windows: list[vfsmap.Window] = []
+
+    def work() -> None:
+        together.wait()
+        windows.append(vfsmap.map(path))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pool_descriptors(server.pool)) == 1
+    while len(windows) > 1:
+        windows.pop(0).close()
+        assert ticket_of(path) is not None
+    windows.pop().close()
+    assert pool_descriptors(server.pool) == []
+
+
+@pytest.mark.usefixtures("first")
+def test_a_number_that_has_become_another_files_is_not_mapped_or_closed(
+    server: Server, path: Path, calls: list[str]
+) -> None:
+    (number,) = map(int, pool_descriptors(server.pool))
+    foreign = os.open("/dev/zero", os.O_RDONLY)
+    os.dup2(foreign, number)
+    with vfsmap.map(path) as window:
+        assert calls == ["Map"]
+        assert window.view() == pattern(4 * MIB)
+    assert os.read(number, 1) == b"\0"
+    os.close(number)
+    os.close(foreign)
+
+
 def test_no_descriptor_of_the_pool_outlives_the_last_window(server: Server, path: Path) -> None:
     with vfsmap.map(path) as one, vfsmap.map(path) as two:
         assert len(pool_descriptors(server.pool)) == 1
@@ -269,6 +341,25 @@ def test_an_answer_that_is_not_the_daemons_is_not_believed(
     with vfsmap.map(path) as window:
         assert calls == ["Map"]
         assert window.view() == pattern(4 * MIB)
+
+
+def test_what_a_signals_handler_raises_is_passed_on_and_leaves_no_lease(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with vfsmap.map(path, length=8):
+        getxattr = os.getxattr
+
+        def late(*arguments: Any) -> bytes:
+            getxattr(*arguments)
+            raise TimeoutError("time is up")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getxattr", late)
+            with pytest.raises(TimeoutError, match="time is up"):
+                vfsmap.map(path, offset=2 * MIB)
+    while leases(path):
+        os.sched_yield()
+    os.truncate(path, MIB)
 
 
 @pytest.mark.usefixtures("first")

@@ -272,6 +272,15 @@ def test_leases_are_listed_with_their_holders(
     }
 
 
+@pytest.mark.parametrize("level", [1, 2048, 5 * MIB])
+def test_a_level_that_is_none_is_refused_at_once(
+    fs: FileSystem, served: Daemon, client: Client, level: int
+) -> None:
+    served.run(make, fs, b"file", pattern(64 * KIB))
+    with pytest.raises(Unsupported, match="no page-table entry maps"):
+        client.call("Map", path="/file", level=level)
+
+
 def test_leases_are_listed_a_part_at_a_time_and_the_client_asks_for_all(
     fs: FileSystem, served: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given as examples
 from hypothesis import strategies as st
 
 from vfsmap.daemon.connection import Connection
@@ -62,7 +62,7 @@ def tickets(granter: Granter) -> Tickets:
 # the value
 
 
-@given(number=numbers, length=numbers, parts=st.lists(extents, max_size=EXTENTS_MAX))
+@examples(number=numbers, length=numbers, parts=st.lists(extents, max_size=EXTENTS_MAX))
 def test_a_value_tells_lease_length_and_extents_and_fits(
     number: int, length: int, parts: list[Extent]
 ) -> None:
@@ -72,12 +72,12 @@ def test_a_value_tells_lease_length_and_extents_and_fits(
     assert ticket.lease_of(value) == (number, length, parts)
 
 
-@given(st.binary(max_size=VALUE_MAX))
+@examples(st.binary(max_size=VALUE_MAX))
 def test_a_value_without_the_secret_tells_of_nothing(value: bytes) -> None:
     assert Ticket("user.vfsmap.lease.1", SECRET).lease_of(value) is None
 
 
-@given(st.integers(0, VALUE_MAX - 1))
+@examples(st.integers(0, VALUE_MAX - 1))
 def test_half_a_value_tells_of_nothing_or_of_whole_extents(size: int) -> None:
     ticket = Ticket("user.vfsmap.lease.1", SECRET)
     parts = [Extent(n, n, n) for n in range(EXTENTS_MAX)]
@@ -88,12 +88,22 @@ def test_half_a_value_tells_of_nothing_or_of_whole_extents(size: int) -> None:
 # who is answered
 
 
+def given(tickets: Tickets, holder: Connection) -> Ticket:
+    ticket = tickets.of(holder)
+    assert ticket is not None
+    return ticket
+
+
+def test_a_process_of_no_known_namespace_gets_no_ticket(tickets: Tickets) -> None:
+    assert tickets.of(connection(0)) is None
+
+
 def ask(tickets: Tickets, attribute: str, *, pid: int | None = None, uid: int = 0) -> bytes:
     return tickets.lease(2, attribute.encode(), os.getpid() if pid is None else pid, uid)
 
 
 def test_the_range_reaches_whoever_grants(tickets: Tickets, granter: Granter) -> None:
-    ticket = tickets.of(connection(os.getpid()))
+    ticket = given(tickets, connection(os.getpid()))
     assert ticket.lease_of(ask(tickets, ticket.attribute(4096, 10, 2 << 20))) is not None
     ask(tickets, ticket.attribute(0, None, 0))
     assert granter.asked == [(2, 4096, 10, 2 << 20), (2, 0, None, 0)]
@@ -101,16 +111,16 @@ def test_the_range_reaches_whoever_grants(tickets: Tickets, granter: Granter) ->
 
 def test_a_connection_keeps_its_ticket_and_others_have_others(tickets: Tickets) -> None:
     one, other = connection(1), connection(2)
-    assert tickets.of(one) is tickets.of(one)
-    assert tickets.of(one).name != tickets.of(other).name
-    assert tickets.of(one).secret != tickets.of(other).secret
+    assert given(tickets, one) is given(tickets, one)
+    assert given(tickets, one).name != given(tickets, other).name
+    assert given(tickets, one).secret != given(tickets, other).secret
 
 
 @pytest.mark.parametrize(
     "range_", ["-1.0.0", "0.-1.0", "0.0", "0.0.0.0", "a.0.0", "", "0..", "..0"]
 )
 def test_a_name_that_is_none_has_no_value(tickets: Tickets, range_: str, granter: Granter) -> None:
-    ticket = tickets.of(connection(os.getpid()))
+    ticket = given(tickets, connection(os.getpid()))
     with pytest.raises(NoData):
         ask(tickets, f"{ticket.name}.{range_}")
     assert not granter.asked
@@ -120,14 +130,14 @@ def test_a_name_that_is_none_has_no_value(tickets: Tickets, range_: str, granter
 def test_a_number_that_no_file_has_room_for_is_not_asked_for(
     tickets: Tickets, range_: str, granter: Granter
 ) -> None:
-    ticket = tickets.of(connection(os.getpid()))
+    ticket = given(tickets, connection(os.getpid()))
     with pytest.raises(NoData):
         ask(tickets, f"{ticket.name}.{range_}")
     assert not granter.asked
 
 
 def test_another_user_or_process_is_not_answered(tickets: Tickets, granter: Granter) -> None:
-    ticket = tickets.of(connection(os.getpid(), uid=5))
+    ticket = given(tickets, connection(os.getpid(), uid=5))
     with pytest.raises(NoData):
         ask(tickets, ticket.attribute(0, None, 0), uid=0)
     with pytest.raises(NoData):
@@ -138,20 +148,20 @@ def test_another_user_or_process_is_not_answered(tickets: Tickets, granter: Gran
 
 def test_every_thread_of_the_process_is_answered(tickets: Tickets) -> None:
     parent = os.getppid()
-    ticket = tickets.of(connection(parent))
+    ticket = given(tickets, connection(parent))
     for task in Path(f"/proc/{parent}/task").iterdir():
         assert ask(tickets, ticket.attribute(0, None, 0), pid=int(task.name))
 
 
 def test_a_ticket_ends_with_its_connection(tickets: Tickets, granter: Granter) -> None:
     here = connection(os.getpid())
-    ticket = tickets.of(here)
+    ticket = given(tickets, here)
     tickets.end(here)
     tickets.end(here)
     with pytest.raises(NoData):
         ask(tickets, ticket.attribute(0, None, 0))
     closed = connection(os.getpid())
-    ticket = tickets.of(closed)
+    ticket = given(tickets, closed)
     vars(closed)["closed"] = True
     with pytest.raises(NoData):
         ask(tickets, ticket.attribute(0, None, 0))
@@ -164,6 +174,6 @@ def test_what_can_not_be_granted_has_no_value_whatever_the_reason() -> None:
 
     for grant in (refuse, lambda *_: None):
         tickets = Tickets(cast("Any", grant))
-        ticket = tickets.of(connection(os.getpid()))
+        ticket = given(tickets, connection(os.getpid()))
         with pytest.raises(NoData):
             ask(tickets, ticket.attribute(0, None, 0))

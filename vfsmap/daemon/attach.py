@@ -173,6 +173,8 @@ def map(
     try:
         return _map(wanted, direct=direct)
     except OSError as exc:
+        if exc.errno is None:  # a signal's handler raised it
+            raise
         raise _refused(exc, wanted.path) from exc
 
 
@@ -275,8 +277,8 @@ def _granted(client: Client, wanted: _Request) -> Window:
     if wanted.writable:
         parameters["writable"] = True
         flags = os.O_RDWR | os.O_DIRECT | os.O_DSYNC  # these two tell the mount not to cache
-    else:
-        parameters["ticket"] = ticket is None
+    elif ticket is None:
+        parameters["ticket"] = True
     fd = os.open(wanted.path, flags | os.O_CLOEXEC)
     try:
         answer, descriptors = client.call("Map", (fd,), **parameters)
@@ -292,6 +294,7 @@ def _granted(client: Client, wanted: _Request) -> Window:
             given = Ticket(told["name"], bytes.fromhex(told["secret"]))
             descriptors.remove(pool)
             ticket = client.hold(HeldTicket(given, medium, pool))
+            pool = ticket.fd
         grantor.ticket = ticket
         window = wanted.window(pool, extents, answer["length"], medium, grantor)
     except BaseException as exc:
@@ -308,14 +311,16 @@ def _granted(client: Client, wanted: _Request) -> Window:
 def _granted_at_once(client: Client, ticket: HeldTicket, wanted: _Request) -> Window | None:
     """Take a lease by an attribute of the file, and map its extents; None: call for it."""
     level = 0 if wanted.level is None else wanted.level.size
-    name = ticket.attribute(wanted.offset, wanted.length, level)
+    name = ticket.ticket.attribute(wanted.offset, wanted.length, level)
     grantor = None
     try:
         try:
             value = os.getxattr(wanted.path, name)
-        except OSError:
+        except OSError as exc:
+            if exc.errno is None:  # a signal's handler raised it, and an answer may be lost
+                raise
             return None
-        found = ticket.lease_of(value)
+        found = ticket.ticket.lease_of(value)
         if found is None:
             return None
         lease, length, extents = found

@@ -49,23 +49,67 @@ _LOOK: Final = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
 _UCRED: Final = struct.Struct("3i")
 
 
-class HeldTicket:
-    """A ticket, and the descriptor to map with what it brings, while windows are open.
+class _Descriptor:
+    """A descriptor that is closed when nobody refers to it any more.
 
-    Each window's lease holds it, and nothing else: a process without windows keeps nobody from
+    It has the finalizer, and not what is referred to weakly: finalizers run before weak references
+    are cleared, and another thread could take up again what they have closed.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self, close: Callable[[int], None] = libc.close_held) -> None:
+        if self.fd >= 0:
+            close(self.fd)
+
+
+class HeldTicket:
+    """A ticket, and the pool's descriptor to map with what it brings, while windows are open.
+
+    Windows' leases hold it, and nothing else does: a process without windows keeps nobody from
     unmounting what the pool lies on.
     """
 
-    __slots__ = ("__weakref__", "attribute", "fd", "lease_of", "medium")
+    __slots__ = ("__weakref__", "_descriptor", "_file", "medium", "ticket")
 
     def __init__(self, ticket: Ticket, medium: Medium, fd: int) -> None:
         """Take the pool's descriptor over."""
-        self.attribute, self.lease_of = ticket.attribute, ticket.lease_of
+        self._descriptor = _Descriptor(fd)
+        self._file = _file_of(fd)
+        self.ticket = ticket
         self.medium = medium
-        self.fd = fd
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.fd)
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1: it is closed."""
+        return self._descriptor.fd
+
+    def is_good(self) -> bool:
+        """Tell whether the descriptor is what it was; else it is not touched any more.
+
+        Who becomes a daemon closes all numbers that there are, and they come to be other files'.
+        """
+        if self.fd >= 0 and _file_of(self.fd) == self._file:
+            return True
+        self._descriptor.fd = -1
+        return False
+
+    def close(self) -> None:
+        """Close the descriptor, in a forked child: it may become somebody who must not have it."""
+        if self.is_good():
+            os.close(self.fd)
+        self._descriptor.fd = -1
+
+
+def _file_of(fd: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class Client:
@@ -95,13 +139,17 @@ class Client:
 
     @property
     def ticket(self) -> HeldTicket | None:
-        """The ticket of this connection, if somebody holds one."""
-        return self._ticket() if self._ticket is not None else None
+        """The ticket of this connection, if a window holds one."""
+        held = self._ticket() if self._ticket is not None else None
+        return held if held is not None and held.is_good() else None
 
     def hold(self, ticket: HeldTicket) -> HeldTicket:
-        """Remember a ticket for as long as somebody holds it, and return it."""
-        self._ticket = weakref.ref(ticket)
-        return ticket
+        """Return the ticket for windows to hold: another thread may have brought one before."""
+        with self._lock:
+            if (held := self.ticket) is not None:
+                return held
+            self._ticket = weakref.ref(ticket)
+            return ticket
 
     @property
     def server_uid(self) -> int:
@@ -276,6 +324,8 @@ class Client:
         """Let go, in a forked child: the connection and its leases are the parent's."""
         self._lock = threading.Lock()
         self._releases.clear()
+        if (held := self.ticket) is not None:
+            held.close()
         self.close()
 
 

@@ -151,12 +151,12 @@ class Grants:
             fs.zero_tail(ino)
         first, last = self._reach(inode, offset, length, level)
         extents = fs.extents(ino, first, last - first)
-        require_level(extents, offset, length, level)
         if len(extents) > most:
             raise TooManyMappings(
                 f"the file lies in {len(extents)} pieces there, and one process can map about "
                 f"{most}; copy it, so that it lies in fewer"
             )
+        require_level(extents, offset, length, level)
         pin = fs.pin(ino, first, last - first, writable=writable)
         return self.leases.grant(
             ino, offset, length, writable=writable, holder=holder, extents=extents, pin=pin
@@ -168,13 +168,11 @@ class Grants:
         Raises:
             Unsupported: no entry maps so many bytes.
         """
+        for size in (level, self._page_size):
+            if size and all(one.size != size for one in LEVELS):
+                raise Unsupported(f"no page-table entry maps {format_size(size)}")
         wanted = max(level, self._page_size)
-        if wanted <= PTE.size:
-            return None
-        unit = next((one for one in LEVELS if one.size == wanted), None)
-        if unit is None:
-            raise Unsupported(f"no page-table entry maps {format_size(wanted)}")
-        return unit
+        return next((one for one in LEVELS if one.size == wanted and one != PTE), None)
 
     async def allocate(self, ino: int, offset: int, length: int, level: Level | None) -> Inode:
         """Allocate a range, growing the file if need be, a slice at a time.
@@ -241,15 +239,21 @@ def require_level(extents: list[Extent], offset: int, length: int, level: int) -
     """
     if not level or not length:
         return
-    pieces = iter(extents)
-    piece = next(pieces, None)
-    for unit in range(align_down(offset, level), offset + length, level):
-        while piece is not None and piece.offset + piece.length <= unit:
-            piece = next(pieces, None)
-        where = f"file offset {unit:#x} can't be mapped by an entry of {format_size(level)}"
-        if piece is None or piece.offset > unit:
-            raise Unsupported(f"{where}: there is a hole")
-        if (piece.start + unit - piece.offset) % level:
-            raise Unsupported(f"{where}: its pool offset is not a multiple of that")
-        if unit + level > piece.offset + piece.length:
-            raise Unsupported(f"{where}: its extent is shorter")
+    at, end = align_down(offset, level), offset + length
+    why = "there is a hole"
+    for piece in extents:
+        stop = piece.offset + piece.length
+        if stop <= at:
+            continue
+        if at >= end or piece.offset > at:
+            break
+        if (piece.start + at - piece.offset) % level:
+            why = "its pool offset is not a multiple of that"
+            break
+        at = align_down(stop, level)
+        if at < min(stop, end):
+            why = "its extent is shorter"
+            break
+    if at < end:
+        size = format_size(level)
+        raise Unsupported(f"file offset {at:#x} can't be mapped by an entry of {size}: {why}")

@@ -180,8 +180,9 @@ class Service:
             "medium": self._medium,
             "sealed": self._fs.file(lease.inode).sealed,
         }
-        if wanted.ticket and self._device is not None and not lease.writable:
-            ticket = self._tickets.of(connection)
+        mounted = self._device is not None
+        ticket = self._tickets.of(connection) if wanted.ticket and mounted else None
+        if ticket is not None and not lease.writable:
             parameters["ticket"] = {"name": ticket.name, "secret": ticket.secret.hex()}
         return Answer(parameters, (self._writable if lease.writable else self._readable,))
 

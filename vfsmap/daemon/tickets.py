@@ -12,35 +12,40 @@ from vfsmap.daemon.varlink import INT_MAX
 from vfsmap.errors import NoData, VfsmapError
 from vfsmap.mapping.lease import Lease
 
-_NAME: Final = re.compile(re.escape(PREFIX).encode() + rb"(\d+)\.(\d+)\.(\d*)\.(\d+)")
+_NAME: Final = re.compile(rb"(.+)\.(\d+)\.(\d*)\.(\d+)")
+_NUMBER_BITS: Final = 63
 Grant = Callable[[Connection, int, int, int | None, int], Lease | None]
 """Grants a read lease at once: connection, inode, offset, length, level; None: it can't be."""
 
 
 class Tickets:
-    """The tickets of a daemon's connections."""
+    """The tickets of a daemon's connections.
+
+    Their numbers are random, so that a question that comes to another daemon than it was meant for
+    finds no ticket there.
+    """
 
     def __init__(self, grant: Grant) -> None:
         self._grant = grant
-        self._numbers: dict[Connection, int] = {}
-        self._tickets: dict[int, tuple[Connection, Ticket]] = {}
-        self._next = 1
+        self._given: dict[Connection, Ticket] = {}
+        self._holders: dict[bytes, Connection] = {}
 
-    def of(self, connection: Connection) -> Ticket:
-        """Return a connection's ticket."""
-        number = self._numbers.get(connection)
-        if number is None:
-            number, self._next = self._next, self._next + 1
-            self._numbers[connection] = number
-            ticket = Ticket(f"{PREFIX}{number}", secrets.token_bytes(SECRET_SIZE))
-            self._tickets[number] = connection, ticket
-        return self._tickets[number][1]
+    def of(self, connection: Connection) -> Ticket | None:
+        """Return a connection's ticket; None: its process can't be told from others."""
+        if not connection.holder.pid:  # it is in no process namespace that we know
+            return None
+        ticket = self._given.get(connection)
+        if ticket is None:
+            name = f"{PREFIX}{secrets.randbits(_NUMBER_BITS)}"
+            ticket = self._given[connection] = Ticket(name, secrets.token_bytes(SECRET_SIZE))
+            self._holders[name.encode()] = connection
+        return ticket
 
     def end(self, connection: Connection) -> None:
         """Forget the ticket of a client that has hung up."""
-        number = self._numbers.pop(connection, None)
-        if number is not None:
-            del self._tickets[number]
+        ticket = self._given.pop(connection, None)
+        if ticket is not None:
+            del self._holders[ticket.name.encode()]
 
     def lease(self, ino: int, name: bytes, pid: int, uid: int) -> bytes:
         """Return an attribute's value: the lease that a thread (``pid``) of a user asks for.
@@ -51,13 +56,11 @@ class Tickets:
         Crash: the lease is gone, as all are; what maps its bytes still is found at the next start.
         """
         asked = _NAME.fullmatch(name)
-        if asked is not None:
-            number, offset, length, level = asked.groups()
-            connection, ticket = self._tickets.get(int(number), (None, None))
-            if connection is not None and ticket is not None and _is_of(connection, pid, uid):
-                lease = self._try(connection, ino, offset, length, level)
-                if lease is not None:
-                    return ticket.value(lease)
+        connection = self._holders.get(asked[1]) if asked is not None else None
+        if asked is not None and connection is not None and _is_of(connection, pid, uid):
+            lease = self._try(connection, ino, *asked.groups()[1:])
+            if lease is not None:
+                return self._given[connection].value(lease)
         raise NoData("no lease can be had so: call Map")
 
     def _try(
