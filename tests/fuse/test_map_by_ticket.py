@@ -1,4 +1,4 @@
-"""The second window and those after it: asked for by an attribute, on a real mount."""
+"""Every window of a process but the first: asked for by an attribute, on a real mount."""
 
 import os
 import threading
@@ -38,7 +38,7 @@ def path(server: Server, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def first(path: Path) -> Iterator[vfsmap.Window]:
-    """A window of another file, which keeps the ticket."""
+    """A first window, with which the ticket comes."""
     other = path.with_name("first")
     other.write_bytes(bytes(64 * KIB))
     with vfsmap.map(other) as window:
@@ -91,6 +91,18 @@ def test_a_second_window_needs_no_call_and_shows_the_pools_own_bytes(
         assert calls == []
         private.view()[:5] = b"hello"
     assert path.read_bytes()[:5] == bytes(5)
+
+
+def test_a_ticket_outlives_the_first_window_and_keeps_nothing_open(
+    server: Server, path: Path, calls: list[str]
+) -> None:
+    vfsmap.map(path).close()
+    calls.clear()
+    for _ in range(3):
+        with vfsmap.map(path) as window:
+            assert window.direct
+            assert pool_descriptors(server.pool) == []
+    assert calls == []
 
 
 @pytest.mark.usefixtures("first")
@@ -172,6 +184,8 @@ def test_errors_are_those_of_the_call(path: Path) -> None:
 def map_two(allowed: Path, secret: Path) -> list[Any]:
     with vfsmap.map(allowed) as window:
         seen: list[Any] = [window.direct, ticket_of(allowed) is not None]
+        vfsmap.map(allowed).close()
+        seen.append(ticket_of(allowed) is not None)  # it can't open the pool by itself
         try:
             vfsmap.map(secret)
         except Denied:
@@ -181,12 +195,12 @@ def map_two(allowed: Path, secret: Path) -> list[Any]:
         return seen
 
 
-def test_who_may_not_read_the_file_is_refused_with_a_ticket_too(path: Path) -> None:
+def test_a_groups_member_is_served_by_calls_and_refused_what_it_may_not_read(path: Path) -> None:
     secret = path.with_name("secret")
     secret.write_bytes(b"secret")
     secret.chmod(0o600)
     path.chmod(0o644)
-    expected = [True, True, "Denied", (1).to_bytes(8, "little").hex()]
+    expected = [True, True, False, "Denied", (1).to_bytes(8, "little").hex()]
     assert as_user(65534, map_two, path, secret, groups=(1,)) == expected
 
 
@@ -247,13 +261,7 @@ def pool_descriptors(pool: Path) -> list[str]:
     return found
 
 
-@pytest.mark.usefixtures("first")
-def test_a_forked_child_has_no_descriptor_of_the_pool(server: Server, path: Path) -> None:
-    assert len(pool_descriptors(server.pool)) == 1
-    assert as_user(65534, pool_descriptors, server.pool) == []
-
-
-def test_threads_that_close_the_last_window_leave_others_theirs(path: Path) -> None:
+def test_threads_map_side_by_side_while_others_open_files(path: Path) -> None:
     failures: list[BaseException] = []
     other = path.with_name("other")
     other.write_bytes(b"!" * 4096)
@@ -283,51 +291,45 @@ def test_threads_that_close_the_last_window_leave_others_theirs(path: Path) -> N
     assert failures == []
 
 
-def test_first_windows_of_several_threads_share_a_ticket(server: Server, path: Path) -> None:
-    together = threading.Barrier(8)
-    windows: list[vfsmap.Window] = []
-
-    def work() -> None:
-        together.wait()
-        windows.append(vfsmap.map(path))
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(pool_descriptors(server.pool)) == 1
-    while len(windows) > 1:
-        windows.pop(0).close()
-        assert ticket_of(path) is not None
-    windows.pop().close()
-    assert pool_descriptors(server.pool) == []
+@pytest.mark.parametrize("instead", [None, b"x" * 8192])
+@pytest.mark.usefixtures("first")
+def test_what_has_the_pools_path_and_is_not_the_pool_is_never_mapped(
+    server: Server, path: Path, calls: list[str], instead: bytes | None
+) -> None:
+    aside = server.pool.with_suffix(".aside")
+    server.pool.rename(aside)
+    try:
+        if instead is not None:
+            server.pool.write_bytes(instead)
+        with vfsmap.map(path) as window:
+            assert window.direct
+            assert window.view() == pattern(4 * MIB)
+        vfsmap.map(path).close()
+    finally:
+        aside.rename(server.pool)
+    assert calls == ["Map", "Map"]
+    client = clients.get(str(path), path.stat().st_dev)
+    assert isinstance(client, Client)
+    clients.drop(client)  # the next one has a ticket again
 
 
 @pytest.mark.usefixtures("first")
-def test_a_number_that_has_become_another_files_is_not_mapped_or_closed(
-    server: Server, path: Path, calls: list[str]
+def test_a_daemon_of_another_user_is_not_asked_for_a_ticket(
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (number,) = map(int, pool_descriptors(server.pool))
-    foreign = os.open("/dev/zero", os.O_RDONLY)
-    os.dup2(foreign, number)
-    with vfsmap.map(path) as window:
-        assert calls == ["Map"]
-        assert window.view() == pattern(4 * MIB)
-    assert os.read(number, 1) == b"\0"
-    os.close(number)
-    os.close(foreign)
+    with connect(path) as client:
+        assert client.may_ask_for_ticket()
+        monkeypatch.setattr(Client, "server_uid", 65534)
+        assert not client.may_ask_for_ticket()
 
 
-def test_no_descriptor_of_the_pool_outlives_the_last_window(server: Server, path: Path) -> None:
-    with vfsmap.map(path) as one, vfsmap.map(path) as two:
-        assert len(pool_descriptors(server.pool)) == 1
-    assert one.closed
-    assert two.closed
-    assert pool_descriptors(server.pool) == []
-    with vfsmap.map(path):
-        assert len(pool_descriptors(server.pool)) == 1
-    assert pool_descriptors(server.pool) == []
+@pytest.mark.usefixtures("first")
+def test_a_forked_child_starts_without_its_parents_ticket(path: Path) -> None:
+    assert as_user(0, ticket_is_missing_at_first, path)
+
+
+def ticket_is_missing_at_first(path: Path) -> bool:
+    return ticket_of(path) is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from vfsmap.daemon.client import (
     HeldTicket,
     clients,
     close_all,
+    file_of,
     medium_of,
     mounter_of,
     why_no_daemon,
@@ -97,25 +98,21 @@ class _Request(NamedTuple):
 class _Leased:
     """The daemon that has granted a lease, by the connection that holds it."""
 
-    __slots__ = ("_client", "_forks", "_lease", "ticket")
+    __slots__ = ("_client", "_forks", "_lease")
 
-    def __init__(self, client: Client, lease: int, ticket: HeldTicket | None = None) -> None:
+    def __init__(self, client: Client, lease: int) -> None:
         self._client = client
         self._lease = lease
         self._forks = clients.forks
-        self.ticket = ticket
-        """What other windows are asked for with, while this one is open."""
 
     @property
     def _alone(self) -> bool:
         return clients.forks == self._forks
 
     def closed(self) -> None:
-        self.ticket = None
         self._client.release(self._lease, alone=self._alone)
 
     def dropped(self) -> None:
-        self.ticket = None
         self._client.drop(self._lease, alone=self._alone)
 
     def publish(self) -> None:
@@ -263,9 +260,8 @@ def _map_direct(wanted: _Request, device: int) -> Window | str:
 
 def _granted(client: Client, wanted: _Request) -> Window:
     """Take a lease and map its extents."""
-    ticket = client.ticket
-    if ticket is not None and not wanted.writable:
-        window = _granted_at_once(client, ticket, wanted)
+    if client.ticket is not None and not wanted.writable:
+        window = _granted_at_once(client, client.ticket, wanted)
         if window is not None:
             return window
     parameters: dict[str, Any] = {"file": 0, "offset": wanted.offset}
@@ -277,7 +273,7 @@ def _granted(client: Client, wanted: _Request) -> Window:
     if wanted.writable:
         parameters["writable"] = True
         flags = os.O_RDWR | os.O_DIRECT | os.O_DSYNC  # these two tell the mount not to cache
-    elif ticket is None:
+    elif client.may_ask_for_ticket():
         parameters["ticket"] = True
     fd = os.open(wanted.path, flags | os.O_CLOEXEC)
     try:
@@ -291,11 +287,8 @@ def _granted(client: Client, wanted: _Request) -> Window:
         pool = descriptors[answer["pool"]]
         extents = [Extent(**extent) for extent in answer["extents"]]
         if (told := answer.get("ticket")) is not None:
-            given = Ticket(told["name"], bytes.fromhex(told["secret"]))
-            descriptors.remove(pool)
-            ticket = client.hold(HeldTicket(given, medium, pool))
-            pool = ticket.fd
-        grantor.ticket = ticket
+            ticket = Ticket(told["name"], bytes.fromhex(told["secret"]))
+            client.ticket = HeldTicket(ticket, medium, told["pool"], file_of(pool))
         window = wanted.window(pool, extents, answer["length"], medium, grantor)
     except BaseException as exc:
         if grantor is not None:
@@ -308,10 +301,14 @@ def _granted(client: Client, wanted: _Request) -> Window:
     return _kept(window, client)
 
 
-def _granted_at_once(client: Client, ticket: HeldTicket, wanted: _Request) -> Window | None:
+def _granted_at_once(client: Client, held: HeldTicket, wanted: _Request) -> Window | None:
     """Take a lease by an attribute of the file, and map its extents; None: call for it."""
+    pool = held.open()
+    if pool is None:
+        client.give_ticket_up()
+        return None
     level = 0 if wanted.level is None else wanted.level.size
-    name = ticket.ticket.attribute(wanted.offset, wanted.length, level)
+    name = held.ticket.attribute(wanted.offset, wanted.length, level)
     grantor = None
     try:
         try:
@@ -320,18 +317,20 @@ def _granted_at_once(client: Client, ticket: HeldTicket, wanted: _Request) -> Wi
             if exc.errno is None:  # a signal's handler raised it, and an answer may be lost
                 raise
             return None
-        found = ticket.ticket.lease_of(value)
+        found = held.ticket.lease_of(value)
         if found is None:
             return None
         lease, length, extents = found
-        grantor = _Leased(client, lease, ticket)
-        window = wanted.window(ticket.fd, extents, length, ticket.medium, grantor)
+        grantor = _Leased(client, lease)
+        window = wanted.window(pool, extents, length, held.medium, grantor)
     except BaseException:
         if grantor is not None:
             grantor.closed()
         else:
             client.close()  # what was granted to nobody ends with the connection
         raise
+    finally:
+        os.close(pool)
     return _kept(window, client)
 
 

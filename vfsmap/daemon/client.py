@@ -12,9 +12,9 @@ import struct
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 
@@ -49,66 +49,35 @@ _LOOK: Final = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
 _UCRED: Final = struct.Struct("3i")
 
 
-class _Descriptor:
-    """A descriptor that is closed when nobody refers to it any more.
+class HeldTicket(NamedTuple):
+    """A ticket, and what is needed to map what it brings."""
 
-    It has the finalizer, and not what is referred to weakly: finalizers run before weak references
-    are cleared, and another thread could take up again what they have closed.
-    """
+    ticket: Ticket
+    medium: Medium
+    pool: str
+    """The path of the pool; opened for each window, so that nothing is kept open between."""
+    file: tuple[int, int]
+    """Device and inode of the pool, as it came from the daemon."""
 
-    __slots__ = ("fd",)
+    def open(self) -> int | None:
+        """Return a descriptor of the pool, which is the caller's to close; None: it can't be had.
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self, close: Callable[[int], None] = libc.close_held) -> None:
-        if self.fd >= 0:
-            close(self.fd)
-
-
-class HeldTicket:
-    """A ticket, and the pool's descriptor to map with what it brings, while windows are open.
-
-    Windows' leases hold it, and nothing else does: a process without windows keeps nobody from
-    unmounting what the pool lies on.
-    """
-
-    __slots__ = ("__weakref__", "_descriptor", "_file", "medium", "ticket")
-
-    def __init__(self, ticket: Ticket, medium: Medium, fd: int) -> None:
-        """Take the pool's descriptor over."""
-        self._descriptor = _Descriptor(fd)
-        self._file = _file_of(fd)
-        self.ticket = ticket
-        self.medium = medium
-
-    @property
-    def fd(self) -> int:
-        """The descriptor; -1: it is closed."""
-        return self._descriptor.fd
-
-    def is_good(self) -> bool:
-        """Tell whether the descriptor is what it was; else it is not touched any more.
-
-        Who becomes a daemon closes all numbers that there are, and they come to be other files'.
+        A group's member may not open the pool; in another mount namespace, and when the pool was
+        renamed, something else or nothing has its path.
         """
-        if self.fd >= 0 and _file_of(self.fd) == self._file:
-            return True
-        self._descriptor.fd = -1
-        return False
-
-    def close(self) -> None:
-        """Close the descriptor, in a forked child: it may become somebody who must not have it."""
-        if self.is_good():
-            os.close(self.fd)
-        self._descriptor.fd = -1
-
-
-def _file_of(fd: int) -> tuple[int, int] | None:
-    try:
-        status = os.fstat(fd)
-    except OSError:
+        try:
+            fd = os.open(self.pool, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        if file_of(fd) == self.file:
+            return fd
+        os.close(fd)
         return None
+
+
+def file_of(fd: int) -> tuple[int, int]:
+    """Return device and inode of an open file."""
+    status = os.fstat(fd)
     return status.st_dev, status.st_ino
 
 
@@ -124,7 +93,9 @@ class Client:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._releases: deque[dict[str, Any]] = deque()
-        self._ticket: weakref.ref[HeldTicket] | None = None
+        self.ticket: HeldTicket | None = None
+        """What further read leases are asked for with."""
+        self._takes_tickets = True
         self._answered = False
         self._framer = Framer(REPLY_MAX, KERNEL_DESCRIPTORS_MAX)
         self._socket = socket.socket(socket.AF_UNIX)
@@ -137,19 +108,16 @@ class Client:
             ) from exc
         _all_clients.add(self)
 
-    @property
-    def ticket(self) -> HeldTicket | None:
-        """The ticket of this connection, if a window holds one."""
-        held = self._ticket() if self._ticket is not None else None
-        return held if held is not None and held.is_good() else None
+    def may_ask_for_ticket(self) -> bool:
+        """Tell whether a ticket is missing that could be used.
 
-    def hold(self, ticket: HeldTicket) -> HeldTicket:
-        """Return the ticket for windows to hold: another thread may have brought one before."""
-        with self._lock:
-            if (held := self.ticket) is not None:
-                return held
-            self._ticket = weakref.ref(ticket)
-            return ticket
+        With a ticket the daemon names a path that is opened here, so it must be nobody else's.
+        """
+        return self.ticket is None and self._takes_tickets and self.server_uid in (0, os.geteuid())
+
+    def give_ticket_up(self) -> None:
+        """Do without tickets from now on: the pool can't be opened from here."""
+        self.ticket, self._takes_tickets = None, False
 
     @property
     def server_uid(self) -> int:
@@ -324,8 +292,6 @@ class Client:
         """Let go, in a forked child: the connection and its leases are the parent's."""
         self._lock = threading.Lock()
         self._releases.clear()
-        if (held := self.ticket) is not None:
-            held.close()
         self.close()
 
 

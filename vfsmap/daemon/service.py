@@ -183,7 +183,11 @@ class Service:
         mounted = self._device is not None
         ticket = self._tickets.of(connection) if wanted.ticket and mounted else None
         if ticket is not None and not lease.writable:
-            parameters["ticket"] = {"name": ticket.name, "secret": ticket.secret.hex()}
+            parameters["ticket"] = {
+                "name": ticket.name,
+                "secret": ticket.secret.hex(),
+                "pool": readable(str(self._fs.pool.path.absolute())),
+            }
         return Answer(parameters, (self._writable if lease.writable else self._readable,))
 
     async def _grant(self, caller: Caller, wanted: MapCall) -> Lease:

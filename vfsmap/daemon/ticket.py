@@ -1,10 +1,10 @@
 """Tickets: asking for one more lease through the mount itself, without a call.
 
-Whoever holds a read lease by a connection gets a ticket with it: the name of an attribute, and a
-secret.  To read that attribute of a file, with the range behind its name, is to ask for a lease on
-the range.  The kernel asks for the same right as for opening the file to read, and takes the
-question to the mount's server, which is the daemon; so it takes one trip where opening the file,
-sending its descriptor and closing it take three.
+Whoever is granted a read lease can have a ticket with it: the name of an attribute, a secret, and
+the pool's path.  To read that attribute of a file, with the range behind its name, is to ask for a
+lease on the range.  The kernel asks for the same right as for opening the file to read, and takes
+the question to the mount's server, which is the daemon; so it takes one trip where opening the
+file, sending its descriptor and closing it take three.
 
 Only what can be granted at once is granted so.  Whatever else is the matter, there is no such
 attribute, and the caller finds out by an ordinary call.
@@ -15,7 +15,7 @@ the time it is asked, whose attributes are whatever its owner likes.
     attribute  user.vfsmap.lease.TICKET.OFFSET.LENGTH.LEVEL
                decimal numbers; no LENGTH: up to the file's end; LEVEL 0: any
     value      little-endian: the secret (16 bytes), the lease, the length of the range, and for
-               each extent its offset, start and length (8 bytes each); 1 to 4 extents or none
+               each extent its offset, start and length (8 bytes each); at most 4 extents
 
 The value never exceeds 128 bytes: a caller whose buffer is too small would have to ask again, and
 hold two leases.

@@ -4,6 +4,7 @@ import errno
 import operator
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, Self
 
 from vfsmap.errors import (
@@ -386,6 +387,7 @@ class Window:
 EMPTY: Final = Layout((), 0, 0, PTE, 0)
 
 
+@cache
 def _allowed(medium: Medium, limit: Level | None) -> tuple[Level, ...]:
     levels = levels_of(medium)
     allowed = tuple(v for v in levels if limit is None or v.size <= limit.size)

@@ -84,7 +84,6 @@ _libc.statx.argtypes = (_INT, ctypes.c_char_p, _INT, ctypes.c_uint, _ADDRESS)
 _libc.syscall.restype = _LONG
 _held = ctypes.PyDLL(None, use_errno=True)  # its calls keep the interpreter's lock
 _held.munmap.argtypes = (_ADDRESS, _SIZE)
-_held.close.argtypes = (_INT,)
 _held.send.argtypes = (_INT, ctypes.c_char_p, _SIZE, _INT)
 _held.send.restype = ctypes.c_ssize_t
 
@@ -188,11 +187,6 @@ def munmap_held(address: int, length: int) -> None:
     and Python ends that thread on the spot; one that C++ code started takes the process with it.
     """
     _require_zero(_held.munmap(address, length))
-
-
-def close_held(fd: int) -> None:
-    """Close a descriptor, likewise; never fails."""
-    _held.close(fd)
 
 
 def send_held(fd: int, data: bytes) -> int:
