@@ -20,9 +20,9 @@ import vfsmap
 from vfsmap.daemon.client import Client, clients, close_all, connect
 from vfsmap.errors import Busy, Invalid, NoSpace, Unsupported
 from vfsmap.mapping.overlay import PrivateWindow
-from vfsmap.testing.commands import Server, served_pool
+from vfsmap.testing.commands import Server, pool_for_all, served_pool
 from vfsmap.testing.commands import vfsmap as vfsmap_command
-from vfsmap.testing.daemon import Listener
+from vfsmap.testing.daemon import Listener, pattern
 from vfsmap.testing.media import hugetlbfs, tmpfs
 from vfsmap.testing.users import as_user
 from vfsmap.units import KIB, MIB, PMD, PTE
@@ -30,11 +30,8 @@ from vfsmap.units import KIB, MIB, PMD, PTE
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with tmpfs(huge="always", size="300M") as place:
-        place.chmod(0o755)
-        with served_pool(place, "256M", "--group", "daemon") as served:
-            served.directory.chmod(0o777)
-            yield served
+    with pool_for_all() as served:
+        yield served
 
 
 @pytest.fixture
@@ -49,10 +46,6 @@ def path(server: Server, request: pytest.FixtureRequest) -> Iterator[Path]:
     made.write_bytes(pattern(8 * MIB))
     yield made
     made.unlink(missing_ok=True)
-
-
-def pattern(size: int) -> bytes:
-    return b"".join(n.to_bytes(8, "little") for n in range(size // 8))
 
 
 class Child:

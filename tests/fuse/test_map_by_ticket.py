@@ -12,8 +12,8 @@ import vfsmap
 from vfsmap.daemon import attach
 from vfsmap.daemon.client import Client, HeldTicket, clients, connect
 from vfsmap.errors import Busy, Denied, Invalid, Unsupported
-from vfsmap.testing.commands import Server, served_pool
-from vfsmap.testing.daemon import Listener
+from vfsmap.testing.commands import Server, pool_for_all, served_pool
+from vfsmap.testing.daemon import Listener, pattern
 from vfsmap.testing.media import tmpfs
 from vfsmap.testing.posix import refused
 from vfsmap.testing.users import as_user
@@ -22,11 +22,8 @@ from vfsmap.units import KIB, MIB, PMD
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with tmpfs(huge="always", size="300M") as place:
-        place.chmod(0o755)
-        with served_pool(place, "256M", "--group", "daemon") as served:
-            served.directory.chmod(0o777)
-            yield served
+    with pool_for_all() as served:
+        yield served
 
 
 @pytest.fixture
@@ -57,10 +54,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Client, "call", noted)
     return made
-
-
-def pattern(size: int) -> bytes:
-    return b"".join(n.to_bytes(8, "little") for n in range(size // 8))
 
 
 def ticket_of(path: Path) -> HeldTicket | None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vfsmap.pmem import lock_holder
+from vfsmap.testing.media import tmpfs
 from vfsmap_tools.mounting import wait_until_free
 from vfsmap_tools.mounts import find_mount
 
@@ -81,3 +82,13 @@ def served_pool(directory: Path, size: str = "256M", *options: object) -> Iterat
         yield server
     finally:
         server.unmount()
+
+
+@contextmanager
+def pool_for_all() -> Iterator[Server]:
+    """Yield a pool of huge pages where all may write, and the group daemon is trusted."""
+    with tmpfs(huge="always", size="300M") as place:
+        place.chmod(0o755)
+        with served_pool(place, "256M", "--group", "daemon") as served:
+            served.directory.chmod(0o777)
+            yield served
