@@ -358,6 +358,21 @@ def test_what_a_signals_handler_raises_is_passed_on_and_leaves_no_lease(
 
 
 @pytest.mark.usefixtures("first")
+def test_what_a_signals_handler_raises_while_the_pool_is_opened_is_passed_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: Any) -> int:
+        raise TimeoutError("time is up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", late)
+        with pytest.raises(TimeoutError, match="time is up"):
+            vfsmap.map(path)
+    assert ticket_of(path) is not None
+    assert leases(path) == []
+
+
+@pytest.mark.usefixtures("first")
 def test_an_interrupted_window_leaves_no_lease(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -67,7 +67,9 @@ class HeldTicket(NamedTuple):
         """
         try:
             fd = os.open(self.pool, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
+        except OSError as exc:
+            if exc.errno is None:  # a signal's handler raised it
+                raise
             return None
         if file_of(fd) == self.file:
             return fd
