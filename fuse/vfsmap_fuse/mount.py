@@ -20,7 +20,7 @@ from vfsmap.fs import FileSystem, FollowedFileSystem
 from vfsmap.pmem.libc import syncfs
 from vfsmap.tally import Tallies
 from vfsmap.units import KIB
-from vfsmap_fuse import keeper
+from vfsmap_fuse import heap, keeper
 from vfsmap_fuse.following import FollowingOperations
 from vfsmap_fuse.operations import Operations, Sync
 from vfsmap_fuse.poll import busy_polling
@@ -254,6 +254,8 @@ async def mounted(
     )
     _require_mountable(mountpoint, options)
     watcher = Keeper(mountpoint, socket)
+    if not options.read_only:
+        heap.use_huge_pages()
     try:
         words = options.words(fs.pool.path.absolute())
         pyfuse3.init(operations, str(mountpoint), {_AnyBytes(word) for word in words})

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from vfsmap.pmem import pages
 from vfsmap.testing.posix import refused
 from vfsmap.testing.serve import served
-from vfsmap.units import GIB, MIB
+from vfsmap.units import GIB, MIB, PMD, PTE
 
 NOISE = random.Random(7).randbytes(3 * MIB + 17)
 
@@ -280,3 +281,26 @@ def test_statvfs_counts_what_files_take(here: Path) -> None:
     assert after.f_files - after.f_ffree == before.f_files - before.f_ffree + 1
     os.unlink("it")
     assert os.statvfs(".").f_bfree == before.f_bfree
+
+
+def test_large_writes_pass_through_huge_pages_of_the_server(place: tuple[Path, Path]) -> None:
+    never = "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    with served(*place) as server:
+        pid = server.process.pid
+        before = heap_page_sizes(pid)
+        with opened(str(server.mountpoint / "file"), os.O_WRONLY | os.O_CREAT) as fd:
+            for _ in range(4):
+                os.write(fd, NOISE[:MIB])
+        after = heap_page_sizes(pid)
+    small = after[PTE.size] - before[PTE.size]
+    assert (small > MIB) if never else (small < MIB and after[PMD.size] >= PMD.size)
+
+
+def heap_page_sizes(pid: int) -> dict[int, int]:
+    sizes = {PMD.size: 0, PTE.size: 0}
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if line.endswith("[heap]"):
+            start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+            for size, length in pages.page_sizes(start, end - start, pid).items():
+                sizes[size] += length
+    return sizes
