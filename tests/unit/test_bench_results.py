@@ -1,5 +1,6 @@
 """What benchmarks make of their figures: ratios, verdicts, documents, a page."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from vfsmap.errors import Invalid
 from vfsmap_tools.bench import page
 from vfsmap_tools.bench.command import SCENARIOS
+from vfsmap_tools.bench.handover import round_trip
 from vfsmap_tools.bench.results import Curve, Grid, Plot, Rates, Result, load
 from vfsmap_tools.bench.runner import Goal, Measure, alternate, distribution, judge, quantiles
 
@@ -102,3 +104,20 @@ def test_quantiles_and_distributions_come_from_the_samples_themselves() -> None:
     curve = distribution("x", samples)
     assert curve.x == sorted(curve.x)
     assert (curve.y[0], curve.x[0]) == (0, 1)
+
+
+def test_a_byte_goes_to_another_processor_and_back() -> None:
+    allowed = os.sched_getaffinity(0)
+    found = round_trip()
+    assert (found is None) == (len(allowed) < 2)
+    assert found is None or found > 0
+    assert os.sched_getaffinity(0) == allowed
+
+
+def test_where_there_is_one_processor_no_byte_goes_to_another() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert round_trip() is None
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vfsmap.errors import Denied
+from vfsmap_tools.bench.handover import round_trip
 from vfsmap_tools.bench.page import build, number
 from vfsmap_tools.bench.results import Result, machine, now
 from vfsmap_tools.console import (
@@ -98,8 +99,12 @@ def measured(name: str, *, quick: bool) -> Result:
     """Run a scenario."""
     print(f"== {name}", file=sys.stderr, flush=True)
     began = time.monotonic()
+    before = round_trip()
     result: Result = importlib.import_module(f"vfsmap_tools.bench.{name}").run(quick)
+    after = round_trip()
     result.quick, result.when, result.machine = quick, now(), machine()
+    if before is not None and after is not None:
+        result.machine["to another core and back"] = f"{before:.2f} us, at the end {after:.2f} us"
     result.seconds = round(time.monotonic() - began, 1)
     return result
 

@@ -55,6 +55,8 @@ def _head(results: Sequence[Result]) -> Iterable[str]:
     yield "Made by `vfsmap bench` from the JSON documents beside it; `make bench` measures anew."
     yield "Peers take turns within each round, so that a slow minute of the machine meets all of"
     yield "them; figures are medians, and the spread is that of the quartiles."
+    yield "Requests of the mount pass from one core to another and back. The last column tells how"
+    yield "long that takes by itself; a virtual machine's cores may be moved apart at any time."
     yield ""
     if verdicts:
         yield f"**{met} of {len(verdicts)} promises are kept.**"
