@@ -38,7 +38,7 @@ from vfsmap.pmem.mountinfo import mount_of
 
 SEAL_XATTR: Final = "user.vfsmap.seal"
 SOCKET_XATTR: Final = "user.vfsmap.socket"
-_RECEIVE: Final = 1 << 18
+_RECEIVE: Final = 1 << 16  # for what is larger than 128 KiB malloc(3) asks the kernel each time
 _FILESYSTEM_TYPE: Final = "fuse.vfsmap"
 _FOLLOWED_TYPE: Final = "fuse.vfsmap-follow"
 _ROOM: Final = socket.CMSG_SPACE(KERNEL_DESCRIPTORS_MAX * 4)
