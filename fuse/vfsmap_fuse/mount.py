@@ -24,6 +24,7 @@ from vfsmap_fuse import heap, keeper
 from vfsmap_fuse.following import FollowingOperations
 from vfsmap_fuse.operations import Operations, Sync
 from vfsmap_fuse.poll import busy_polling
+from vfsmap_fuse.splicing import Splicing
 from vfsmap_fuse.xattr import Seal
 
 log = logging.getLogger("vfsmap.fuse")
@@ -130,6 +131,7 @@ class Mount:
         self.device = 0
         """The device number that stat(2) tells of files on it."""
         self._unmounted = trio.Event()
+        self._splicing = Splicing()
 
     async def wait_unmounted(self) -> None:
         """Return when the mount is gone, whoever unmounted it."""
@@ -137,11 +139,13 @@ class Mount:
 
     async def run(self) -> None:
         """Answer requests until the mount is gone or :func:`pyfuse3.terminate` is called."""
+        self._splicing.forbid()
         try:
             # requests end by themselves, never by cancellation: a client waits for each of them
             with trio.CancelScope(shield=True):
                 await pyfuse3.main()
         finally:
+            self._splicing.permit()
             self._unmounted.set()
 
     async def settle(self) -> None:
@@ -152,6 +156,7 @@ class Mount:
         """
         with trio.move_on_after(_PATIENCE) as scope:
             status = await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True)
+        self._splicing.permit()
         if scope.cancelled_caught:
             raise Busy(f"the mount on {self.mountpoint} has not answered for {_PATIENCE} seconds")
         self.device = status.st_dev

@@ -41,6 +41,9 @@ MADV_COLLAPSE: Final = 25
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
 
+CAP_SYS_RESOURCE: Final = 24
+_CAPABILITY_VERSION: Final = 0x20080522  # the third: two words of capabilities
+
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_BASIC_STATS: Final = 0x7FF
@@ -132,6 +135,19 @@ class _Statx(ctypes.Structure):
     )
 
 
+class _CapHeader(ctypes.Structure):
+    # struct __user_cap_header_struct, include/uapi/linux/capability.h
+    _fields_ = (("version", ctypes.c_uint32), ("pid", _INT))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
 class _Buffer(ctypes.Structure):
     # Py_buffer, Include/cpython/object.h
     _fields_ = (
@@ -147,6 +163,23 @@ class _Buffer(ctypes.Structure):
         ("suboffsets", ctypes.c_void_p),
         ("internal", ctypes.c_void_p),
     )
+
+
+def set_capability(number: int, effective: bool) -> bool:
+    """Take up or lay down a capability, in this thread; tell whether it was in force before.
+
+    One that is laid down stays permitted, so it can be taken up again.  OSError with EPERM: it is
+    not permitted.
+    """
+    header = _CapHeader(_CAPABILITY_VERSION, 0)
+    data = (_CapData * 2)()
+    _require_zero(_libc.capget(ctypes.byref(header), data))
+    word, bit = data[number // 32], 1 << number % 32
+    before = bool(word.effective & bit)
+    if before != effective:
+        word.effective ^= bit
+        _require_zero(_libc.capset(ctypes.byref(header), data))
+    return before
 
 
 def _failure() -> OSError:
