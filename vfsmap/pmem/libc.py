@@ -165,23 +165,6 @@ class _Buffer(ctypes.Structure):
     )
 
 
-def set_capability(number: int, effective: bool) -> bool:
-    """Take up or lay down a capability, in this thread; tell whether it was in force before.
-
-    One that is laid down stays permitted, so it can be taken up again.  OSError with EPERM: it is
-    not permitted.
-    """
-    header = _CapHeader(_CAPABILITY_VERSION, 0)
-    data = (_CapData * 2)()
-    _require_zero(_libc.capget(ctypes.byref(header), data))
-    word, bit = data[number // 32], 1 << number % 32
-    before = bool(word.effective & bit)
-    if before != effective:
-        word.effective ^= bit
-        _require_zero(_libc.capset(ctypes.byref(header), data))
-    return before
-
-
 def _failure() -> OSError:
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
@@ -317,6 +300,23 @@ def address_of(buffer: object) -> int:
         return described.buf or 0
     finally:
         api.PyBuffer_Release(ctypes.byref(described))
+
+
+def set_capability(number: int, effective: bool) -> bool:
+    """Take up or lay down a capability, in this thread; tell whether it was in force before.
+
+    One that is laid down stays permitted, so it can be taken up again.  OSError with EPERM: it is
+    not permitted.
+    """
+    header = _CapHeader(_CAPABILITY_VERSION, 0)
+    data = (_CapData * 2)()
+    _require_zero(_libc.capget(ctypes.byref(header), data))
+    word, bit = data[number // 32], 1 << number % 32
+    before = bool(word.effective & bit)
+    if before != effective:
+        word.effective ^= bit
+        _require_zero(_libc.capset(ctypes.byref(header), data))
+    return before
 
 
 def copy(target: int, source: int, length: int) -> None:
