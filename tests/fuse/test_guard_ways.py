@@ -30,7 +30,6 @@ from vfsmap.testing.users import as_user
 from vfsmap.units import MIB, PTE
 
 STRANGER = 65534
-_PROCESS_VM_WRITEV = 311
 _PKEY_MPROTECT = 329
 _USERFAULTFD = 323
 _UFFDIO_API, _UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
@@ -118,10 +117,11 @@ def test_another_process_cannot_write_it_either(window: Window) -> None:
     data = ctypes.create_string_buffer(b"\xcc")
     source = Vector(ctypes.addressof(data), 1)
     target = Vector(window.address, 1)
-    library = ctypes.CDLL(None, use_errno=True)
-    done = library.syscall(
-        _PROCESS_VM_WRITEV, os.getpid(), ctypes.byref(source), 1, ctypes.byref(target), 1, 0
-    )
+    write = ctypes.CDLL(None, use_errno=True).process_vm_writev
+    vectors = ctypes.POINTER(Vector), ctypes.c_ulong
+    write.argtypes = (ctypes.c_int, *vectors, *vectors, ctypes.c_ulong)
+    write.restype = ctypes.c_ssize_t
+    done = write(os.getpid(), source, 1, target, 1, 0)
     assert (done, ctypes.get_errno()) == (-1, errno.EFAULT)
 
 
