@@ -124,11 +124,12 @@ def write_until_refused(directory: Path) -> int:
 
 
 def test_a_server_that_has_no_memory_to_take_a_request_ends_and_leaves_nothing_behind() -> None:
-    with tmpfs(size="80M") as place, served_pool(place, "64M") as server:
+    with tmpfs() as place, served_pool(place, "256M") as server:
         (server.directory / "kept").write_bytes(KEPT)
         socket = os.fsdecode(os.getxattr(server.directory, "user.vfsmap.socket"))
         pid = server.pid
         resource.prlimit(pid, resource.RLIMIT_AS, (address_space(server), resource.RLIM_INFINITY))
+        assert fill(server.directory / "small") == errno.ENOMEM  # large writes have room before
         assert write_until_refused(server.directory) in (errno.ECONNABORTED, errno.ENOTCONN)
         wait_until(lambda: not Path(f"/proc/{pid}").exists())
         wait_until(lambda: not find_mount(server.directory))
