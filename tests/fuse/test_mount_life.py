@@ -55,14 +55,6 @@ def test_a_mount_is_known_by_its_pool_and_type(server: Server) -> None:
     assert (found.kind, found.source) == ("fuse.vfsmap", str(server.pool))
 
 
-def test_a_mounted_server_has_all_its_capabilities(server: Server) -> None:
-    def effective(pid: int | str) -> str:
-        status = Path(f"/proc/{pid}/status").read_text()
-        return next(line for line in status.splitlines() if line.startswith("CapEff:"))
-
-    assert effective(server.process.pid) == effective("self")
-
-
 def test_files_are_there_again_after_an_orderly_end(place: tuple[Path, Path]) -> None:
     pool, mountpoint = place
     with served(pool, mountpoint) as server:
